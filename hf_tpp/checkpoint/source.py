@@ -1,0 +1,102 @@
+"""Where a rank's shards come from: a loaded model, fresh initial values, or a checkpoint (`huggingface.py`).
+
+A source is asked for one shard at a time and lets go of what it gave, so that a rank never holds more than its shards
+and one part of the model.
+"""
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hf_tpp.dropout import derive_seed
+from hf_tpp.parts import ModelParts
+from hf_tpp.sharding import ShardSpec, shard
+
+__all__ = ["InitialWeights", "LoadedWeights", "WeightSource"]
+
+
+class WeightSource(Protocol):
+    """Gives the values of parameters and buffers."""
+
+    def shard(self, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """This rank's shard of a parameter, in storage of its own."""
+
+    def buffer(self, name: str, device: torch.device) -> torch.Tensor:
+        """A buffer, whole."""
+
+
+def shard_of(full: torch.Tensor, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Cut a tensor that is in memory."""
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return full if spec.dim is None else full.narrow(spec.dim, start, stop - start)
+
+    return shard(read, spec, device=device, dtype=dtype)
+
+
+class LoadedWeights:
+    """The weights of a model that every rank has in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in model.named_parameters(remove_duplicate=False)}
+        self._buffers = dict(model.named_buffers(remove_duplicate=False))
+
+    def shard(self, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """This rank's shard of a parameter, in storage of its own; the full tensor is let go."""
+        return shard_of(self._tensors.pop(spec.name), spec, device, dtype)
+
+    def buffer(self, name: str, device: torch.device) -> torch.Tensor:
+        """A buffer, on `device`."""
+        return self._buffers[name].to(device)
+
+
+class InitialWeights:
+    """The initial values that the model's own `_init_weights` draws, the same at every (tp, pp, dp).
+
+    One part (a block, an embedding, the head) at a time is built whole, initialised from a seed of its own, and cut.
+
+    Args:
+        model: The model on the meta device, before anything is swapped.
+        parts: Its parts.
+        seed: The same on every rank.
+    """
+
+    def __init__(self, model: nn.Module, parts: ModelParts, seed: int) -> None:
+        self._skeleton = copy.deepcopy(model)
+        blocks = [parts.block_name(index) for index in range(parts.num_blocks)]
+        self._parts = [*blocks, parts.embedding, *parts.before, *parts.after, parts.head]
+        self._seed = seed
+        self._current = ""
+
+    def shard(self, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """This rank's shard of a freshly initialised parameter."""
+        self._build(spec.name)
+        return shard_of(self._skeleton.get_parameter(spec.name).detach(), spec, device, dtype)
+
+    def buffer(self, name: str, device: torch.device) -> torch.Tensor:
+        """A freshly computed buffer."""
+        self._build(name)
+        return self._skeleton.get_buffer(name).to(device)
+
+    @torch.no_grad()
+    def _build(self, name: str) -> None:
+        index, part = next((i, part) for i, part in enumerate(self._parts) if name.startswith(part + "."))
+        if part == self._current:
+            return
+        if self._current:
+            self._skeleton.get_submodule(self._current).to_empty(device="meta")
+        module = self._skeleton.get_submodule(part)
+        module.to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self._seed, index))
+            _initialize(self._skeleton, module)
+        self._current = part
+
+
+def _initialize(model: nn.Module, module: nn.Module) -> None:
+    """Children first, then their parent, as transformers does: a parent may overwrite what its child was given."""
+    for child in module.children():
+        _initialize(model, child)
+    model._init_weights(module)  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""Communication as differentiable functions, and between pipeline stages."""

@@ -1,0 +1,90 @@
+"""Ranks that must agree say so before anything depends on it: a difference is an error on every rank, never a hang.
+
+Host data over a gloo group. What is compared is a few numbers; what differs is only spelled out once it does.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hf_tpp.errors import RankMismatchError
+
+__all__ = ["agree_on", "checksum", "exchange", "text_hash"]
+
+_MIX = 0x9E37_79B9_7F4A_7C15 - 2**64  # odd 64-bit constant (golden ratio), as a signed integer
+
+
+def text_hash(text: str) -> int:
+    """A number for a text, the same in every process."""
+    return zlib.crc32(text.encode())
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """An int64 that changes with any value, its position and its tensor; computed where the tensors are."""
+    total: torch.Tensor | None = None
+    for tensor in tensors:
+        values = tensor.detach().reshape(-1)
+        if values.is_floating_point():
+            values = values.float().view(torch.int32)
+        positions = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.int64)
+        mixed = ((values.to(torch.int64) + 1) * (positions * _MIX)).sum()
+        total = mixed if total is None else (total * 31 + mixed.to(total.device))
+    return torch.zeros((), dtype=torch.int64) if total is None else total
+
+
+def exchange(numbers: Sequence[int | torch.Tensor], group: dist.ProcessGroup | None) -> list[list[int]]:
+    """Every rank's numbers, in rank order. One small message and at most one wait for the device."""
+    row = torch.stack([torch.as_tensor(number, dtype=torch.int64) for number in _on_one_device(numbers)]).cpu()
+    if group is None:
+        return [row.tolist()]
+    gathered = torch.empty(group.size() * len(row), dtype=torch.int64)
+    dist.all_gather_into_tensor(gathered, row, group=group)
+    rows: list[list[int]] = gathered.view(group.size(), -1).tolist()
+    return rows
+
+
+def _on_one_device(numbers: Sequence[int | torch.Tensor]) -> list[int | torch.Tensor]:
+    devices = {number.device for number in numbers if isinstance(number, torch.Tensor)}
+    if not devices or devices == {torch.device("cpu")}:
+        return list(numbers)
+    device = next(device for device in devices if device.type != "cpu")
+    return [torch.as_tensor(number, dtype=torch.int64).to(device) for number in numbers]
+
+
+def agree_on(facts: Mapping[str, Any], problem: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank if any rank has a problem or the facts differ.
+
+    Args:
+        facts: What must be the same everywhere, by name.
+        problem: What this rank found wrong, to be raised here; the others are told.
+        group: gloo group of all ranks; None for a world of one.
+
+    Collective: every rank of `group`.
+
+    Raises:
+        Exception: `problem`, or another rank's, as the same class.
+        RankMismatchError: The facts differ.
+    """
+    if group is None:
+        if problem is not None:
+            raise problem
+        return
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, (dict(facts), problem), group=group)
+    if problem is not None:
+        raise problem
+    for rank, (_, other) in enumerate(everyone):
+        if other is not None:
+            raise type(other)(f"rank {rank}: {other}")
+    differences = [
+        f"{name}: " + ", ".join(f"rank {rank} has {theirs[name]!r}" for rank, (theirs, _) in enumerate(everyone))
+        for name in facts
+        if len({repr(theirs.get(name)) for theirs, _ in everyone}) > 1
+    ]
+    if differences:
+        raise RankMismatchError(
+            "the ranks disagree, they must all be given the same model and sizes: " + "; ".join(differences)
+        )

@@ -1,0 +1,76 @@
+"""Messages between neighbouring pipeline stages: non-blocking, one channel per direction.
+
+                 forward_group: activations, stage -> stage + 1
+    stage 0  ------------------------------------------------->  stage 1
+             <-------------------------------------------------
+                 backward_group: gradients, stage + 1 -> stage
+
+Each stage computes shape and dtype of every message from its own copy of the batch, so no header is ever sent.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from hf_tpp.mesh import ParallelMesh
+
+__all__ = ["StageLinks", "Receipt"]
+
+
+@dataclass(slots=True)
+class Receipt:
+    """A posted receive: the buffer, and the handle that says when it is filled."""
+
+    buffer: torch.Tensor
+    work: dist.Work
+
+    def wait(self) -> torch.Tensor:
+        """The message. On a GPU this orders the current stream after the transfer and does not stop the host."""
+        self.work.wait()
+        return self.buffer
+
+
+@dataclass(slots=True)
+class StageLinks:
+    """The links of one stage to the stage before and the stage after it."""
+
+    mesh: ParallelMesh
+    _in_transit: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
+
+    def send_forward(self, activation: torch.Tensor) -> None:
+        """Start sending an activation to the next stage."""
+        self._send(activation, self.mesh.pp.rank + 1, self.mesh.forward_group)
+
+    def send_backward(self, gradient: torch.Tensor) -> None:
+        """Start sending a gradient to the stage before."""
+        self._send(gradient, self.mesh.pp.rank - 1, self.mesh.backward_group)
+
+    def recv_forward(self, shape: tuple[int, ...], dtype: torch.dtype) -> Receipt:
+        """Post the receive of an activation of `shape` from the stage before."""
+        return self._recv(shape, dtype, self.mesh.pp.rank - 1, self.mesh.forward_group)
+
+    def recv_backward(self, shape: tuple[int, ...], dtype: torch.dtype) -> Receipt:
+        """Post the receive of a gradient of `shape` from the next stage."""
+        return self._recv(shape, dtype, self.mesh.pp.rank + 1, self.mesh.backward_group)
+
+    def drain(self) -> None:
+        """Wait until every message that was sent has left its buffer."""
+        for work, _ in self._in_transit:
+            work.wait()
+        self._in_transit.clear()
+
+    def _send(self, message: torch.Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
+        self._in_transit = [(work, buffer) for work, buffer in self._in_transit if not work.is_completed()]
+        buffer = message.detach().contiguous()
+        work = dist.isend(buffer, self.mesh.pp.global_ranks[stage], group=group)
+        assert work is not None
+        self._in_transit.append((work, buffer))
+
+    def _recv(
+        self, shape: tuple[int, ...], dtype: torch.dtype, stage: int, group: dist.ProcessGroup | None
+    ) -> Receipt:
+        buffer = torch.empty(shape, dtype=dtype, device=self.mesh.device)
+        work = dist.irecv(buffer, self.mesh.pp.global_ranks[stage], group=group)
+        assert work is not None
+        return Receipt(buffer, work)

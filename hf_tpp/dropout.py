@@ -1,0 +1,119 @@
+"""Random streams for dropout under tensor parallelism.
+
+On replicated activations every tp rank must drop the same elements; inside a region the ranks hold different heads and
+must drop independently. The stream inside a region is *derived* from the generator's state at the entry:
+
+    replicated   ---- draw d ----------------------------- continue --->     the same on all tp ranks
+                          \\ seed(d, tp_rank)            /
+    region                  -------- attention ---------                     different on each
+
+so whatever restores the generator (activation checkpointing does, before it recomputes) restores both streams.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+__all__ = ["DropoutStreams", "derive_seed"]
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed for every tuple of numbers; the same in every process, since integers hash without a salt."""
+    return hash(parts) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+@dataclass(slots=True)
+class DropoutStreams:
+    """The default generator of one device, switched between the stream that tp ranks share and their own.
+
+    Attributes:
+        device: Whose default generator the model's dropout draws from.
+        tp_rank: Position on the tp axis.
+        sources: Modules and configurations whose numbers say how much is dropped.
+        active: Some dropout is on in this step; if not, no generator is ever touched.
+    """
+
+    device: torch.device
+    tp_rank: int
+    sources: list[tuple[object, str]] = field(default_factory=list, repr=False)
+    active: bool = False
+    _shared_state: torch.Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_model(cls, model: nn.Module, device: torch.device, tp_rank: int) -> "DropoutStreams":
+        """Find everything in `model` that is called a dropout rate."""
+        sources: list[tuple[object, str]] = []
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                sources.append((module, "p"))
+            sources += [
+                (module, name) for name, value in vars(module).items() if "drop" in name and isinstance(value, float)
+            ]
+        return cls(device, tp_rank, sources)
+
+    def draws(self) -> bool:
+        """True if any dropout rate is above zero now."""
+        return any(getattr(owner, name) > 0.0 for owner, name in self.sources)
+
+    @contextmanager
+    def running(self, active: bool) -> Iterator[None]:
+        """Use the streams within this context, and leave the caller's generators as they were."""
+        if not active:
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.active = True
+            try:
+                yield
+            finally:
+                self.active = False
+                self._shared_state = None
+
+    def start_microbatch(self, *seed: int) -> None:
+        """Begin a microbatch: `seed` must be the same on the tp ranks, and different for everything else."""
+        if self.active:
+            self._seed(derive_seed(*seed))
+
+    def enter_region(self) -> None:
+        """From replicated activations into this rank's heads or neurons."""
+        if self.active:
+            seed = derive_seed(self._draw(), self.tp_rank)
+            self._shared_state = self._state()
+            self._seed(seed)
+
+    def leave_region(self) -> None:
+        """Back on replicated activations: the shared stream goes on."""
+        if self._shared_state is not None:
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._shared_state, self.device)
+            else:
+                torch.set_rng_state(self._shared_state)
+            self._shared_state = None
+
+    def enter_sequence_shards(self) -> None:
+        """From here to the end of the microbatch the tp ranks hold different tokens."""
+        if self.active:
+            self._seed(derive_seed(self._draw(), self.tp_rank))
+
+    def _draw(self) -> int:
+        """A number that depends on nothing but the generator's state, which it advances."""
+        if self.device.type == "cuda":
+            # Reading the offset instead of drawing keeps the host from waiting for the GPU.
+            generator = torch.cuda.default_generators[self.device.index or 0]
+            offset = generator.get_offset()
+            generator.set_offset(offset + 4)
+            return derive_seed(generator.initial_seed(), offset)
+        return int(torch.randint(0, 2**62, ()).item())
+
+    def _state(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def _seed(self, seed: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)

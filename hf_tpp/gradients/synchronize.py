@@ -1,0 +1,106 @@
+"""Sums of gradients over ranks that hold the same parameter.
+
+    who holds it                                     summed over                  when
+    tp ranks that share a replicated KV head         those neighbours             before the release
+    all tp ranks, each having seen its own tokens    the tp axis                  before the release
+    first and last stage (tied embedding)            the two ends                 before the release
+    replicas                                         the dp axis, mean            after backward, unless in no_sync()
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from hf_tpp.mesh import ParallelMesh
+from hf_tpp.sharding import ShardSpec
+
+__all__ = ["average_over_replicas", "sum_shared_gradients"]
+
+_BUCKET_BYTES = 64 * 2**20
+
+
+def sum_shared_gradients(
+    gradients: Sequence[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh
+) -> list[torch.Tensor | None]:
+    """Complete the gradients of parameters that several ranks of a replica hold.
+
+    Args:
+        gradients: One per local parameter, or None where this rank's part of the model did not use it.
+        specs: How each parameter lies.
+        mesh: The process groups.
+
+    Collective: every rank of the replica, with the same plan.
+
+    Returns:
+        The gradients; those that were summed are new tensors.
+    """
+    result = list(gradients)
+    if mesh.tp.size > 1:
+        _sum_sequence_shards(result, specs, mesh)
+        _sum_replicated_heads(result, specs, mesh)
+    for index, spec in enumerate(specs):
+        if spec.num_stages > 1:
+            gradient = result[index]
+            assert gradient is not None, f"{spec.name} is tied across stages but got no gradient"
+            result[index] = gradient = gradient.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(gradient, group=mesh.ends)
+    return result
+
+
+def _sum_sequence_shards(
+    gradients: list[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh
+) -> None:
+    chosen = [i for i, spec in enumerate(specs) if spec.sequence_sharded and gradients[i] is not None]
+    for index in chosen:
+        gradients[index] = gradients[index].clone(memory_format=torch.contiguous_format)  # type: ignore[union-attr]
+    _all_reduce_buckets([gradients[i] for i in chosen], mesh.tp.group, 1.0)
+
+
+def _sum_replicated_heads(
+    gradients: list[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh
+) -> None:
+    for index, spec in enumerate(specs):
+        gradient = gradients[index]
+        if spec.dim is None or gradient is None:
+            continue
+        shared = [segment for segment in spec.segments if segment.num_copies > 1]
+        if shared:
+            gradients[index] = gradient = gradient.clone(memory_format=torch.contiguous_format)
+        for segment in shared:
+            view = spec.narrow(gradient, segment)
+            total = view.contiguous()
+            dist.all_reduce(total, group=mesh.neighbours(segment.num_copies))
+            view.copy_(total)
+
+
+def average_over_replicas(parameters: Iterable[torch.nn.Parameter], mesh: ParallelMesh) -> None:
+    """Replace every `p.grad` by its mean over the dp axis.
+
+    Collective: every rank of the dp axis, whose parameters have gradients for the same names.
+    """
+    if mesh.dp.size > 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        _all_reduce_buckets(gradients, mesh.dp.group, 1.0 / mesh.dp.size)
+
+
+@torch.no_grad()
+def _all_reduce_buckets(
+    tensors: Sequence[torch.Tensor | None], group: dist.ProcessGroup | None, scale: float
+) -> None:
+    """Sum tensors over a group in few messages, times `scale`, in place."""
+    buckets: dict[torch.dtype, list[list[torch.Tensor]]] = defaultdict(lambda: [[]])
+    for tensor in tensors:
+        assert tensor is not None
+        bucket = buckets[tensor.dtype][-1]
+        bucket.append(tensor)
+        if sum(member.numel() * member.element_size() for member in bucket) >= _BUCKET_BYTES:
+            buckets[tensor.dtype].append([])
+    for bucket in (bucket for lists in buckets.values() for bucket in lists if bucket):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        dist.all_reduce(flat, group=group)
+        if scale != 1.0:
+            flat *= scale
+        for tensor, piece in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(piece.view_as(tensor))

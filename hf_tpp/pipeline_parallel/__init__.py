@@ -1,0 +1,1 @@
+"""Pipeline parallelism: the layers are split over stages, and each batch over microbatches."""

@@ -1,0 +1,99 @@
+"""A batch as a list of microbatches.
+
+    input_ids [10, seq], num_microbatches=4   ->   rows 3, 3, 2, 2
+
+Rows are dealt out as evenly as they go. A list of tensors instead of one gives the microbatches as they are, each with
+its own number of rows and its own sequence length.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_tpp.errors import BatchError
+
+__all__ = ["batch_rows", "count_label_tokens", "default_num_microbatches", "sequence_length", "split_batch"]
+
+_TOKENS = ("input_ids", "inputs_embeds")
+
+
+def default_num_microbatches(rows: int, pp_size: int) -> int:
+    """One row a microbatch, at most four microbatches per stage."""
+    return max(1, min(rows, 4 * pp_size))
+
+
+def batch_rows(batch: Mapping[str, Any]) -> int:
+    """Rows of a batch.
+
+    Raises:
+        BatchError: There are no tokens.
+    """
+    tokens = _tokens(batch)
+    return sum(part.shape[0] for part in tokens) if isinstance(tokens, list | tuple) else tokens.shape[0]
+
+
+def sequence_length(microbatch: Mapping[str, Any]) -> int:
+    """Tokens per row of a microbatch."""
+    return int(_tokens(microbatch).shape[1])
+
+
+def split_batch(batch: Mapping[str, Any], num_microbatches: int) -> list[dict[str, Any]]:
+    """Cut every tensor of a batch along its rows.
+
+    Args:
+        batch: Keyword arguments of the model. Tensors whose first dimension is the number of rows are cut; everything
+            else goes to every microbatch. A list of tensors is taken as one tensor per microbatch.
+        num_microbatches: Wanted number; fewer if there are fewer rows.
+
+    Returns:
+        One dict of keyword arguments per microbatch, none of them empty.
+
+    Raises:
+        BatchError: No tokens, no rows, or lists of different lengths.
+    """
+    tokens = _tokens(batch)
+    if isinstance(tokens, list | tuple):
+        return _explicit_microbatches(batch, len(tokens))
+    rows = tokens.shape[0]
+    if rows == 0:
+        raise BatchError("the batch has no rows: skip it, or set drop_last in the data loader")
+    count = min(num_microbatches, rows)
+    microbatches: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in batch.items():
+        is_cut = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows and rows > 1
+        pieces: Sequence[Any] = value.tensor_split(count) if is_cut else [value] * count
+        for microbatch, piece in zip(microbatches, pieces, strict=True):
+            microbatch[name] = piece
+    return microbatches
+
+
+def _explicit_microbatches(batch: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    microbatches: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in batch.items():
+        is_list = isinstance(value, list | tuple) and all(isinstance(part, torch.Tensor) for part in value)
+        if is_list and len(value) != count:
+            raise BatchError(f"{name} is a list of {len(value)} microbatches, the tokens are {count}: give one each")
+        if not is_list and isinstance(value, torch.Tensor) and value.dim() > 1:
+            raise BatchError(f"{name} is one tensor while the tokens are a list of {count} microbatches: give a list")
+        for index, microbatch in enumerate(microbatches):
+            microbatch[name] = value[index] if is_list else value
+    return microbatches
+
+
+def count_label_tokens(microbatches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Tokens that the loss counts: labels that are not ignored, after the shift by one."""
+    counts = []
+    for microbatch in microbatches:
+        ignore_index = microbatch.get("ignore_index", -100)
+        shifted = microbatch.get("shift_labels")
+        targets = microbatch["labels"][..., 1:] if shifted is None else shifted
+        counts.append((targets != ignore_index).sum())
+    return torch.stack(counts).sum()
+
+
+def _tokens(batch: Mapping[str, Any]) -> Any:
+    for name in _TOKENS:
+        if batch.get(name) is not None:
+            return batch[name]
+    raise BatchError(f"the batch has neither input_ids nor inputs_embeds (got {', '.join(batch) or 'nothing'})")

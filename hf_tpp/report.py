@@ -1,0 +1,56 @@
+"""The paragraph that rank 0 prints after parallelize()."""
+
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+
+from hf_tpp.mesh import ParallelMesh
+from hf_tpp.sharding import ShardSpec, local_shape
+
+__all__ = ["describe"]
+
+
+def describe(
+    kind: str, stages: Sequence[int], mesh: ParallelMesh, specs: Mapping[str, ShardSpec], num_bytes: int
+) -> str:
+    """Say what a model was turned into.
+
+    Args:
+        kind: Class name of the model.
+        stages: Layers per stage.
+        mesh: This rank's place.
+        specs: This rank's parameters.
+        num_bytes: Bytes of this rank's parameters.
+
+    Collective: every rank of the job.
+
+    Returns:
+        One paragraph, the same on every rank: mesh, layers per stage, share of parameters sharded, bytes per rank.
+    """
+    sharded = sum(_numel(local_shape(spec)) for spec in specs.values() if spec.dim is not None)
+    everything = sum(_numel(local_shape(spec)) for spec in specs.values())
+    rows = [(sharded, everything, num_bytes)]
+    if mesh.control is not None:
+        gathered: list[tuple[int, int, int]] = [(0, 0, 0)] * mesh.world_size
+        dist.all_gather_object(gathered, rows[0], group=mesh.control)
+        rows = gathered
+    share = sum(row[0] for row in rows) / sum(row[1] for row in rows)
+    sizes = [row[2] for row in rows]
+    backend = "" if mesh.replica.group is None else f", {mesh.replica.group.name()}"
+    return (
+        f"hf_tpp: {kind} on {mesh.world_size} ranks ({mesh.device.type}{backend}): tensor parallel {mesh.tp.size} x "
+        f"pipeline {mesh.pp.size} x data {mesh.dp.size}. Layers per stage: {', '.join(map(str, stages))}. "
+        f"{share:.1%} of the parameters on a rank are sharded over tensor-parallel ranks, the rest is replicated there. "
+        f"Parameters take {_mib(min(sizes))} to {_mib(max(sizes))} MiB per rank."
+    )
+
+
+def _numel(shape: Sequence[int]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"

@@ -1,0 +1,111 @@
+"""Cutting tensors into shards and putting them together again. Arithmetic only: nothing here communicates.
+
+One truth for rewriting a model, loading and saving checkpoints, and counting gradient norms: a `ShardSpec` says which
+part of which Hugging Face parameter a rank holds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from hf_tpp.plan.layout import Layout, Segment
+
+__all__ = ["ShardSpec", "local_shape", "shard", "unshard"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """How one local parameter lies in the parameter of the unsplit model.
+
+    Attributes:
+        name: Name in the Hugging Face state dict.
+        full_shape: Shape in the unsplit model.
+        dim: The dimension that is cut, or None if the rank holds the whole parameter.
+        layout: How `dim` is cut; None with `dim`.
+        tp_rank: This rank's position on the tp axis.
+        tp_size: Size of the tp axis.
+        num_stages: How many stages hold this parameter (2 for an embedding tied across stages).
+        sequence_sharded: True if the gradient is a sum over the tokens of this rank alone.
+    """
+
+    name: str
+    full_shape: tuple[int, ...]
+    dim: int | None
+    layout: Layout | None
+    tp_rank: int
+    tp_size: int
+    num_stages: int = 1
+    sequence_sharded: bool = False
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Pieces of the full parameter along `dim` that lie here; the whole of dim 0 if nothing is cut."""
+        if self.layout is None:
+            size = self.full_shape[0] if self.full_shape else 1
+            return (Segment(0, size, 0, self.tp_size),)
+        return self.layout.segments(self.tp_rank, self.tp_size)
+
+    def copies(self, segment: Segment) -> int:
+        """Number of ranks of one replica that hold the values of `segment`."""
+        return segment.num_copies * self.num_stages
+
+    def narrow(self, local: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """The view of `local` (shape: this rank's shard) that holds `segment`."""
+        if self.dim is None:
+            return local
+        return local.narrow(self.dim, segment.local_start, segment.size)
+
+    def at_rank(self, tp_rank: int) -> "ShardSpec":
+        """The same parameter's spec on another tp rank."""
+        return replace(self, tp_rank=tp_rank)
+
+
+def local_shape(spec: ShardSpec) -> tuple[int, ...]:
+    """Shape of this rank's shard, padding included."""
+    if spec.dim is None or spec.layout is None:
+        return spec.full_shape
+    shape = list(spec.full_shape)
+    shape[spec.dim] = spec.layout.local_size(spec.tp_rank, spec.tp_size)
+    return tuple(shape)
+
+
+def shard(
+    read: Callable[[int, int], torch.Tensor], spec: ShardSpec, *, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Build this rank's shard from slices of the full parameter.
+
+    Args:
+        read: `read(start, stop)` gives the full parameter's slice [start, stop) along `spec.dim` (whole if None). A
+            tensor's `narrow` or a safetensors slice: only what lies here is ever asked for.
+        spec: What to cut.
+        device: Where the shard goes.
+        dtype: Its type.
+
+    Returns:
+        A tensor of its own storage, shape `local_shape(spec)`, padding filled with zeros.
+    """
+    local = torch.zeros(local_shape(spec), device=device, dtype=dtype)
+    for segment in spec.segments:
+        spec.narrow(local, segment).copy_(read(segment.start, segment.stop))
+    return local
+
+
+def unshard(shards: Sequence[torch.Tensor], spec: ShardSpec) -> torch.Tensor:
+    """Put the shards of all tp ranks together: the inverse of `shard`; padding and extra copies fall away.
+
+    Args:
+        shards: One tensor per tp rank, in order; a single one suffices if nothing is cut.
+        spec: The parameter's spec on any rank.
+
+    Returns:
+        The full parameter, shape `spec.full_shape`.
+    """
+    if spec.dim is None:
+        return shards[0]
+    full = shards[0].new_empty(spec.full_shape)
+    for tp_rank, local in enumerate(shards):
+        there = spec.at_rank(tp_rank)
+        for segment in there.segments:
+            full.narrow(spec.dim, segment.start, segment.size).copy_(there.narrow(local, segment))
+    return full

@@ -1,0 +1,136 @@
+"""Cross entropy over logits whose vocabulary is cut over the tensor-parallel group.
+
+    loss_t = log sum_v exp(x_tv - max_t) + max_t - x_t,target
+
+Three numbers per token cross the group (the maximum; then sum and target logit in one message); the full logits never
+exist on any rank. Arithmetic in float32 whatever the logits' type.
+
+Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from hf_tpp.plan.layout import Layout
+
+__all__ = ["VocabParallelCausalLMLoss", "vocab_parallel_cross_entropy"]
+
+Group = dist.ProcessGroup | None
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, layout: Layout, group: Group, ignore_index: int = -100
+) -> torch.Tensor:
+    """Cross entropy of each token.
+
+    Args:
+        logits: [tokens, local vocabulary], this rank's columns, padding included.
+        targets: [tokens] ids of the full vocabulary, the same on every rank.
+        layout: How the vocabulary is cut.
+        group: The tensor-parallel group; None for a group of one.
+        ignore_index: Target whose loss and gradient are zero.
+
+    Collective: every rank of `group` calls it.
+
+    Returns:
+        [tokens] float32 losses, the same on every rank.
+    """
+    return cast(torch.Tensor, _CrossEntropy.apply(logits, targets, layout, group, ignore_index))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, layout: Layout, group: Group, ignore_index: int
+    ) -> torch.Tensor:
+        tp_rank, tp_size = (0, 1) if group is None else (group.rank(), group.size())
+        first = tp_rank * layout.local_size(0, tp_size)
+        num_valid = layout.valid_size(tp_rank, tp_size)
+        is_kept = targets != ignore_index
+        # An id outside the vocabulary must fail as it does on one process, not count as a token of some other rank.
+        is_token = ((targets >= 0) & (targets < layout.size)) | ~is_kept
+        local_targets = targets - first
+        is_here = (local_targets >= 0) & (local_targets < num_valid) & is_kept
+        index = local_targets.where(is_here, 0).where(is_token, -1).unsqueeze(1)
+
+        exponentials = logits.float()
+        if exponentials is logits:
+            exponentials = logits.clone()
+        exponentials[:, num_valid:] = float("-inf")
+        maximum = exponentials.amax(dim=1)
+        _all_reduce(maximum, dist.ReduceOp.MAX, group)
+        exponentials -= maximum.unsqueeze(1)
+        target_logits = exponentials.gather(1, index).squeeze(1).where(is_here, 0.0)
+        exponentials.exp_()
+        sums = torch.stack([exponentials.sum(dim=1), target_logits])
+        _all_reduce(sums, dist.ReduceOp.SUM, group)
+        normalizer, target_logits = sums
+        ctx.save_for_backward(exponentials, normalizer, index, is_here, is_kept)
+        ctx.dtype = logits.dtype
+        return (normalizer.log() - target_logits).where(is_kept, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        exponentials, normalizer, index, is_here, is_kept = ctx.saved_tensors
+        upstream = gradients[0].where(is_kept, 0.0)
+        gradient = exponentials * (upstream / normalizer).unsqueeze(1)
+        gradient.scatter_add_(1, index, -upstream.where(is_here, 0.0).unsqueeze(1))
+        return gradient.to(ctx.dtype), None, None, None, None
+
+
+def _all_reduce(x: torch.Tensor, op: Any, group: Group) -> None:
+    if group is not None:
+        dist.all_reduce(x, op=op, group=group)
+
+
+class VocabParallelCausalLMLoss:
+    """Stands in for transformers' `ForCausalLMLoss` as `model.loss_function`, on vocabulary-parallel logits.
+
+    Args:
+        layout: How the vocabulary is cut.
+        group: The tensor-parallel group.
+    """
+
+    def __init__(self, layout: Layout, group: Group) -> None:
+        self.layout = layout
+        self.group = group
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """The loss of transformers' `ForCausalLMLoss` with the same arguments.
+
+        Args:
+            logits: [batch, seq, local vocabulary].
+            labels: [batch, seq]; shifted here.
+            vocab_size: Entries of the full vocabulary.
+            num_items_in_batch: Tokens to divide by; default: the tokens that count here.
+            ignore_index: Label that does not count.
+            shift_labels: [batch, seq] already shifted labels, instead of `labels`.
+
+        Returns:
+            Float32 scalar.
+        """
+        assert vocab_size == self.layout.size
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(logits.device)
+        losses = vocab_parallel_cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), targets, self.layout, self.group, ignore_index
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != ignore_index).sum()
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(losses.device)
+        return losses.sum() / num_items_in_batch

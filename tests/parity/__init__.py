@@ -1,0 +1,1 @@
+"""Parallel equals single process."""
