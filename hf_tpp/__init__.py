@@ -1,6 +1,6 @@
 """Tensor and pipeline parallelism for the Hugging Face model that you already have.
 
-    model = parallelize(model, tp=2, pp=4)
+model = parallelize(model, tp=2, pp=4)
 """
 
 from hf_tpp import errors

@@ -117,9 +117,7 @@ def parallelize(
     return model
 
 
-def _build(
-    assembly: Assembly, mesh: ParallelMesh, weights: WeightSource
-) -> tuple[CallContext, dict[str, ShardSpec]]:
+def _build(assembly: Assembly, mesh: ParallelMesh, weights: WeightSource) -> tuple[CallContext, dict[str, ShardSpec]]:
     """Change the model: swap, hollow, fill. Nothing here fails for a reason that could have been known before."""
     model = assembly.model
     streams = DropoutStreams.of_model(model, mesh.device, mesh.tp.rank)
@@ -219,9 +217,7 @@ def from_pretrained(
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return parallelize(model.eval(), tp, pp, checkpoint=folder, **options)

@@ -1,8 +1,8 @@
 """From a plain model to this rank's part of it: everything is checked first, then swapped, hollowed and filled.
 
-    Assembly.check    parts, cuts, stages, ties; reads the model, changes nothing, may refuse
-    assembly.apply    swap the linears, hollow the other stages; new parameters are on meta
-    assembly.fill     one shard after the other from the source
+Assembly.check    parts, cuts, stages, ties; reads the model, changes nothing, may refuse
+assembly.apply    swap the linears, hollow the other stages; new parameters are on meta
+assembly.fill     one shard after the other from the source
 """
 
 from collections.abc import Mapping, Sequence

@@ -84,9 +84,7 @@ class CallContext:
     def messages(self, microbatches: Sequence[Batch], shards: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of the hidden states between stages, per microbatch."""
         dtype = next(self.model.parameters()).dtype
-        return [
-            ((batch_rows(part), sequence_length(part) // shards, self.hidden_size), dtype) for part in microbatches
-        ]
+        return [((batch_rows(part), sequence_length(part) // shards, self.hidden_size), dtype) for part in microbatches]
 
     def split(self, batch: Batch) -> list[dict[str, Any]]:
         """The microbatches of a batch."""

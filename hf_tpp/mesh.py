@@ -1,10 +1,10 @@
 """Which rank does what: the only place that creates process groups.
 
-    global_rank = (dp_rank * pp_size + pp_rank) * tp_size + tp_rank
+global_rank = (dp_rank * pp_size + pp_rank) * tp_size + tp_rank
 
-    dp=2, pp=2, tp=2      stage 0   stage 1
-        replica 0           0 1       2 3         tp ranks are neighbours (NVLink), then stages, then replicas;
-        replica 1           4 5       6 7         accelerate and the data loaders number replicas the same way
+dp=2, pp=2, tp=2      stage 0   stage 1
+    replica 0           0 1       2 3         tp ranks are neighbours (NVLink), then stages, then replicas;
+    replica 1           4 5       6 7         accelerate and the data loaders number replicas the same way
 """
 
 import os
@@ -142,9 +142,7 @@ class ParallelMesh:
     _neighbours: dict[int, Group] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def create(
-        cls, tp_size: int, pp_size: int, device: torch.device, control: Group | None = None
-    ) -> "ParallelMesh":
+    def create(cls, tp_size: int, pp_size: int, device: torch.device, control: Group | None = None) -> "ParallelMesh":
         """Build all groups.
 
         Args:

@@ -1,9 +1,9 @@
 """What a parallelized model is: the same object of the same class, whose call runs a schedule.
 
-    model(**batch)          training: one 1F1B pass over all microbatches; else forwards only
-    loss.backward()         releases the gradients that the pass kept
-    model.generate(...)     unchanged, the same tokens on every rank
-    model.save_pretrained   an ordinary Hugging Face checkpoint
+model(**batch)          training: one 1F1B pass over all microbatches; else forwards only
+loss.backward()         releases the gradients that the pass kept
+model.generate(...)     unchanged, the same tokens on every rank
+model.save_pretrained   an ordinary Hugging Face checkpoint
 """
 
 import functools

@@ -44,7 +44,7 @@ def collect_tensors(
         elif not name.startswith(_OWN):
             raise CheckpointError(f"parameter {name} was added after parallelize(): it cannot be saved or loaded")
     keys = None if saved is None else saved_keys(saved)
-    for group, parameter, spec in optimized(model, optimizer, specs):
+    for index, parameter, spec in optimized(model, optimizer, specs):
         present = optimizer.state.get(parameter, {})
         for key in present if keys is None else keys.get(spec.name, ()):
             name = f"optimizer.state.{spec.name}.{key}"

@@ -39,9 +39,7 @@ def optimized(
                 yield index, parameter, spec
 
 
-def read_groups(
-    model: nn.Module, optimizer: torch.optim.Optimizer, specs: Mapping[str, ShardSpec]
-) -> dict[str, Any]:
+def read_groups(model: nn.Module, optimizer: torch.optim.Optimizer, specs: Mapping[str, ShardSpec]) -> dict[str, Any]:
     """This rank's groups as plain data: class of the optimizer, and options and parameter names per group."""
     groups: list[dict[str, Any]] = [
         {"options": {k: _on_host(v) for k, v in group.items() if k not in _NO_OPTIONS}, "names": []}

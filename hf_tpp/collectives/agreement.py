@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hf_tpp.collectives.flat import all_gather_flat
 from hf_tpp.errors import RankMismatchError
 
 __all__ = ["agree_on", "checksum", "exchange", "text_hash"]
@@ -41,7 +42,7 @@ def exchange(numbers: Sequence[int | torch.Tensor], group: dist.ProcessGroup | N
     if group is None:
         return [row.tolist()]
     gathered = torch.empty(group.size() * len(row), dtype=torch.int64)
-    dist.all_gather_into_tensor(gathered, row, group=group)
+    all_gather_flat(gathered, row, group=group)
     rows: list[list[int]] = gathered.view(group.size(), -1).tolist()
     return rows
 

@@ -19,6 +19,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from hf_tpp.collectives.flat import all_gather_flat, reduce_scatter_flat
+
 __all__ = [
     "copy_to_tensor_parallel",
     "gather_from_sequence_parallel",
@@ -40,7 +42,7 @@ def _all_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Equal shards of all ranks side by side along `dim`."""
     size = group.size()
     gathered = x.new_empty((size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    all_gather_flat(gathered, x.contiguous(), group=group)
     if dim == 0:
         return gathered
     pieces = gathered.view(size, *x.shape).movedim(0, dim)
@@ -52,7 +54,7 @@ def _reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     size = group.size()
     split = x.unflatten(dim, (size, x.shape[dim] // size)).movedim(dim, 0).contiguous()
     share = torch.empty_like(split[0])
-    dist.reduce_scatter_tensor(share, split.flatten(0, 1), group=group)
+    reduce_scatter_flat(share, split.flatten(0, 1), group=group)
     return share
 
 

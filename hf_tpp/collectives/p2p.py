@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from hf_tpp.mesh import ParallelMesh
 
-__all__ = ["StageLinks", "Receipt"]
+__all__ = ["Receipt", "StageLinks"]
 
 
 @dataclass(slots=True)
@@ -54,6 +54,17 @@ class StageLinks:
         """Post the receive of a gradient of `shape` from the next stage."""
         return self._recv(shape, dtype, self.mesh.pp.rank + 1, self.mesh.backward_group)
 
+    def tell_next(self, number: int) -> None:
+        """Give the next stage a number, over the host's group."""
+        message = torch.tensor([number], dtype=torch.int64)
+        dist.send(message, self.mesh.pp.global_ranks[self.mesh.pp.rank + 1], group=self.mesh.replica_control)
+
+    def hear_previous(self) -> int:
+        """The number that the stage before gave."""
+        message = torch.empty(1, dtype=torch.int64)
+        dist.recv(message, self.mesh.pp.global_ranks[self.mesh.pp.rank - 1], group=self.mesh.replica_control)
+        return int(message)
+
     def drain(self) -> None:
         """Wait until every message that was sent has left its buffer."""
         for work, _ in self._in_transit:
@@ -61,15 +72,16 @@ class StageLinks:
         self._in_transit.clear()
 
     def _send(self, message: torch.Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
+        # Let go of what has left; gloo only knows after a wait, and the oldest have long been received.
         self._in_transit = [(work, buffer) for work, buffer in self._in_transit if not work.is_completed()]
+        while len(self._in_transit) > 2 * self.mesh.pp.size:
+            self._in_transit.pop(0)[0].wait()
         buffer = message.detach().contiguous()
         work = dist.isend(buffer, self.mesh.pp.global_ranks[stage], group=group)
         assert work is not None
         self._in_transit.append((work, buffer))
 
-    def _recv(
-        self, shape: tuple[int, ...], dtype: torch.dtype, stage: int, group: dist.ProcessGroup | None
-    ) -> Receipt:
+    def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, stage: int, group: dist.ProcessGroup | None) -> Receipt:
         buffer = torch.empty(shape, dtype=dtype, device=self.mesh.device)
         work = dist.irecv(buffer, self.mesh.pp.global_ranks[stage], group=group)
         assert work is not None

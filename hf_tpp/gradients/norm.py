@@ -32,7 +32,9 @@ class NormResidual(nn.Module):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros((), device=device, dtype=torch.float64))  # "bias": trainers keep biases out of weight decay
+        self.bias = nn.Parameter(
+            torch.zeros((), device=device, dtype=torch.float64)
+        )  # "bias": trainers keep biases out of weight decay
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         """It is no part of any checkpoint."""

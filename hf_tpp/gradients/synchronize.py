@@ -1,10 +1,10 @@
 """Sums of gradients over ranks that hold the same parameter.
 
-    who holds it                                     summed over                  when
-    tp ranks that share a replicated KV head         those neighbours             before the release
-    all tp ranks, each having seen its own tokens    the tp axis                  before the release
-    first and last stage (tied embedding)            the two ends                 before the release
-    replicas                                         the dp axis, mean            after backward, unless in no_sync()
+who holds it                                     summed over                  when
+tp ranks that share a replicated KV head         those neighbours             before the release
+all tp ranks, each having seen its own tokens    the tp axis                  before the release
+first and last stage (tied embedding)            the two ends                 before the release
+replicas                                         the dp axis, mean            after backward, unless in no_sync()
 """
 
 from collections import defaultdict
@@ -49,18 +49,14 @@ def sum_shared_gradients(
     return result
 
 
-def _sum_sequence_shards(
-    gradients: list[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh
-) -> None:
+def _sum_sequence_shards(gradients: list[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh) -> None:
     chosen = [i for i, spec in enumerate(specs) if spec.sequence_sharded and gradients[i] is not None]
     for index in chosen:
         gradients[index] = gradients[index].clone(memory_format=torch.contiguous_format)  # type: ignore[union-attr]
     _all_reduce_buckets([gradients[i] for i in chosen], mesh.tp.group, 1.0)
 
 
-def _sum_replicated_heads(
-    gradients: list[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh
-) -> None:
+def _sum_replicated_heads(gradients: list[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh) -> None:
     for index, spec in enumerate(specs):
         gradient = gradients[index]
         if spec.dim is None or gradient is None:
@@ -86,9 +82,7 @@ def average_over_replicas(parameters: Iterable[torch.nn.Parameter], mesh: Parall
 
 
 @torch.no_grad()
-def _all_reduce_buckets(
-    tensors: Sequence[torch.Tensor | None], group: dist.ProcessGroup | None, scale: float
-) -> None:
+def _all_reduce_buckets(tensors: Sequence[torch.Tensor | None], group: dist.ProcessGroup | None, scale: float) -> None:
     """Sum tensors over a group in few messages, times `scale`, in place."""
     buckets: dict[torch.dtype, list[list[torch.Tensor]]] = defaultdict(lambda: [[]])
     for tensor in tensors:

@@ -166,18 +166,31 @@ class _Execution:
 
     def _received(self, index: int) -> torch.Tensor | None:
         receipt = self.activations.pop(index, None)
-        return None if receipt is None else receipt.wait()
+        if receipt is None:
+            return None
+        if self.stage.flow.tuple_length is None:
+            self.stage.flow.tuple_length = self.links.hear_previous()
+        return receipt.wait()
+
+    def _tell_convention(self, is_first_time: bool) -> None:
+        """The first forward of all shows what the blocks return; the stages behind must know before theirs."""
+        if is_first_time and not self.is_last:
+            assert self.stage.flow.tuple_length is not None
+            self.links.tell_next(self.stage.flow.tuple_length)
 
     def _forward(self, index: int) -> None:
+        is_first_time = self.stage.flow.tuple_length is None
         received = self._received(index)
         self.start_microbatch(index)
         self.graphs[index], result = self.stage.forward(self.microbatches[index], received, self.messages[index])
+        self._tell_convention(is_first_time)
         if self.is_last:
             self.loss = self.loss + result
         else:
             self.to_send[index] = result
 
     def _evaluate(self, index: int) -> None:
+        is_first_time = self.stage.flow.tuple_length is None
         received = self._received(index)
         self.start_microbatch(index)
         result = self.stage.run(self.microbatches[index], received)
@@ -186,6 +199,7 @@ class _Execution:
         else:
             check_message(result, *self.messages[index])
             self.to_send[index] = result
+        self._tell_convention(is_first_time)
 
     def _backward(self, index: int) -> None:
         receipt = self.gradients_in.pop(index, None)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from hf_tpp.errors import UnsupportedModelError
 from hf_tpp.parts import ModelParts
@@ -35,10 +36,13 @@ class StageFlow:
     Attributes:
         received: Hidden states from the stage before, [batch, seq, hidden]; None on the first stage.
         output: Hidden states for the next stage; None on the last stage.
+        tuple_length: What the model's blocks return: 0 is the hidden states alone, n a tuple of n with the hidden
+            states first. Hollow layers must do the same; a stage learns it from the stage before it, once.
     """
 
     received: torch.Tensor | None = field(default=None, repr=False)
     output: torch.Tensor | None = field(default=None, repr=False)
+    tuple_length: int | None = None
 
 
 def hollow_out(model: nn.Module, parts: ModelParts, blocks: range, flow: StageFlow) -> None:
@@ -58,6 +62,7 @@ def hollow_out(model: nn.Module, parts: ModelParts, blocks: range, flow: StageFl
             _drop_tensors(block)
             hand_on = index < blocks.start
             block.forward = _receive(flow, index) if hand_on else _complete(flow)
+    block_list[blocks[-1]].register_forward_hook(_note_convention(flow))
     if not is_first:
         _hollow_embedding(model.get_submodule(parts.embedding))
         for name in parts.before:
@@ -69,13 +74,29 @@ def hollow_out(model: nn.Module, parts: ModelParts, blocks: range, flow: StageFl
                 _drop_tensors(module)
 
 
-def _receive(flow: StageFlow, layer_index: int) -> Callable[..., torch.Tensor]:
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+def _receive(flow: StageFlow, layer_index: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         assert flow.received is not None
         hold_length((*args, *kwargs.values()), layer_index, flow.received)
-        return flow.received
+        if not flow.tuple_length:
+            return flow.received
+        return flow.received, *[None] * (flow.tuple_length - 1)
 
     return forward
+
+
+def _note_convention(flow: StageFlow) -> Callable[..., None]:
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            unknown = [type(extra).__name__ for extra in output[1:] if not (extra is None or isinstance(extra, Cache))]
+            if unknown:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} returns {', '.join(unknown)} beside the hidden states, which would be lost "
+                    f"between stages: use pp=1 for this model"
+                )
+        flow.tuple_length = len(output) if isinstance(output, tuple) else 0
+
+    return note
 
 
 def _complete(flow: StageFlow) -> Callable[..., torch.Tensor]:

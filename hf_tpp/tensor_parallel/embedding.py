@@ -62,9 +62,7 @@ class VocabParallelEmbedding(nn.Module):
             )
 
     @classmethod
-    def from_embedding(
-        cls, embedding: nn.Embedding, *, group: dist.ProcessGroup | None
-    ) -> "VocabParallelEmbedding":
+    def from_embedding(cls, embedding: nn.Embedding, *, group: dist.ProcessGroup | None) -> "VocabParallelEmbedding":
         """This rank's rows of a full embedding; every rank passes the same table.
 
         Raises:
@@ -112,4 +110,3 @@ class VocabParallelEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, tp_rank={self.tp_rank}, tp_size={self.tp_size}"
-

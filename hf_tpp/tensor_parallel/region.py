@@ -76,8 +76,12 @@ def install_sequence_boundaries(first: nn.Module | None, last: nn.Module | None,
         state.streams.enter_sequence_shards()
         return (scatter_to_tensor_parallel(args[0], state.group, dim=1), *args[1:]), kwargs
 
-    def join(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return gather_from_tensor_parallel(output, state.group, dim=1) if state.sequence_parallel else output
+    def join(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not state.sequence_parallel:
+            return output
+        if isinstance(output, tuple):
+            return gather_from_tensor_parallel(output[0], state.group, dim=1), *output[1:]
+        return gather_from_tensor_parallel(output, state.group, dim=1)
 
     if first is not None:
         first.register_forward_pre_hook(cut, with_kwargs=True)

@@ -85,13 +85,13 @@ def train(model: nn.Module, case: Case, dp_rank: int, dp_size: int) -> Record:
             total += loss.item()
         if step == 0:
             named = model.named_parameters()
-            record.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+            record.gradients = {name: p.grad.cpu().clone() for name, p in named if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         record.losses.append(total)
         record.norms.append(float(norm))
-    record.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    record.weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     return record
 
 
