@@ -48,6 +48,7 @@ class Sizes:
     num_kv_heads: int = 8
     mlp_size: int = 5632
     vocab_size: int = 32000
+    gpt2_vocab_size: int = 50257
     seq_length: int = 2048
     micro_batch: int = 4
     num_microbatches: int = 8
@@ -55,7 +56,7 @@ class Sizes:
     steps: int = 10
 
 
-TINY = Sizes(2, 32, 4, 2, 64, 131, 16, 2, 2, 1, 2)
+TINY = Sizes(2, 32, 4, 2, 64, 131, 131, 16, 2, 2, 1, 2)
 
 
 def build(model: str, sizes: Sizes, dtype: torch.dtype) -> torch.nn.Module:
@@ -76,7 +77,7 @@ def build(model: str, sizes: Sizes, dtype: torch.dtype) -> torch.nn.Module:
             n_embd=sizes.hidden_size,
             n_layer=sizes.num_layers,
             n_head=sizes.num_heads,
-            vocab_size=sizes.vocab_size,
+            vocab_size=sizes.gpt2_vocab_size,
             n_positions=sizes.seq_length,
             attn_pdrop=0.0,
             embd_pdrop=0.0,
@@ -132,6 +133,7 @@ def measure(model_name: str, contestant: str, sizes: Sizes, device: str) -> dict
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, peak)
         peaks = gathered
+        dist.destroy_process_group()
     step_seconds = statistics.median(times[sizes.warmup :])
     return {
         "model": model_name,
@@ -171,7 +173,14 @@ def launch(model: str, contestant: str, arguments: argparse.Namespace, output: P
         subprocess.Popen(command, env={**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world_size)
     ]
-    codes = [rank.wait(timeout=300) for rank in ranks]
+    deadline = time.monotonic() + arguments.limit
+    try:
+        codes = [rank.wait(timeout=max(1.0, deadline - time.monotonic())) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        codes = [1]
+    finally:
+        for rank in ranks:
+            rank.kill()
     return json.loads(output.read_text()) if not any(codes) else None
 
 
@@ -194,6 +203,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a model of two small layers")
     parser.add_argument("--model", choices=["llama", "gpt2"], help="only this family")
+    parser.add_argument("--limit", type=float, default=100.0, help="seconds for one contestant")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--rank-of", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The whole of hf_tpp in two minutes on a CPU: `make demo`, or `python examples/demo.py`.
+"""hf_tpp in two minutes on a CPU: `make demo`, or `python examples/demo.py`.
 
-    this process   reads Python's standard library, trains a tokenizer on it
-    8 processes    tp=2 x pp=4: train a small GPT-2, save it, then record one more step
-    this process   loads the saved model with plain transformers, repeats that step alone, lets the model write,
-                   draws the schedule that ran
+this process   reads the source of Python's standard library and trains a tokenizer on it
+8 processes    tp=2 x pp=4: train a small GPT-2, save it, then run one more step and record it
+this process   loads the saved model with plain transformers, repeats that step alone, lets the model write,
+               and draws the schedule that ran
 
 Everything lands in demo_out/.
 """
@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
+from recorded_step import draw, gather_timelines
 from stdlib_text import read_stdlib, tokenize, train_tokenizer
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -28,9 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, get_co
 
 import hf_tpp
 from hf_tpp.parallel_model import parallel_state
-from hf_tpp.pipeline_parallel.schedule import Action, Kind, one_f_one_b
-from hf_tpp.pipeline_parallel.simulator import Event, Simulation, simulate
-from hf_tpp.pipeline_parallel.timeline import timeline_svg, timeline_text
 
 TP, PP = 2, 4
 MAX_NORM = 1.0
@@ -39,23 +38,23 @@ PROMPT = "def "
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much there is to do: the demo itself, and `--quick` for the test of the demo."""
+    """How much there is to do."""
 
-    steps: int = 80
+    steps: int = 100
     layers: int = 8
     width: int = 128
-    rows: int = 32
+    rows: int = 16
     tokens: int = 128
     microbatches: int = 8
-    vocabulary: int = 1500
-    text_bytes: int = 3_000_000
+    vocabulary: int = 1000
+    characters: int = 3_000_000
 
 
-QUICK = Sizes(steps=4, layers=4, width=32, rows=8, tokens=32, microbatches=4, vocabulary=400, text_bytes=200_000)
+QUICK = Sizes(steps=4, layers=4, width=32, rows=8, tokens=32, microbatches=4, vocabulary=400, characters=200_000)
 
 
 def main() -> None:
-    """Dispatch: the first process starts the eight, and each of them trains."""
+    """The first process starts the eight; each of them comes here too, and trains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="where everything is written")
     parser.add_argument("--steps", type=int, help="optimizer steps")
@@ -74,13 +73,13 @@ def conduct(sizes: Sizes, steps: int, out: Path) -> None:
     """What the first process does, before and after the eight."""
     begin = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    texts = read_stdlib(sizes.text_bytes)
+    texts = read_stdlib(sizes.characters)
     tokenizer = train_tokenizer(texts, sizes.vocabulary)
     tokens = tokenize(texts, tokenizer)
     np.save(out / "tokens.npy", tokens)
     print(
-        f"text       {len(texts)} modules of Python {sys.version.split()[0]}, {sum(map(len, texts)) / 1e6:.1f} MB, "
-        f"{len(tokens):,} tokens of a byte-level BPE with {len(tokenizer)} entries"
+        f"text       {len(texts)} modules of Python {sys.version.split()[0]}, {len(tokens):,} tokens of a byte-level BPE "
+        f"with {len(tokenizer)} entries"
     )
     print(f"processes  {TP * PP} on {os.cpu_count()} CPU cores, tensor parallel {TP} x pipeline {PP}", flush=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TP * PP)]
@@ -88,13 +87,15 @@ def conduct(sizes: Sizes, steps: int, out: Path) -> None:
 
     tokenizer.save_pretrained(out / "model")
     result = json.loads((out / "result.json").read_text())
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     compare(model, batch_of_step(tokens, sizes, steps), result)
     write(model, AutoTokenizer.from_pretrained(out / "model"))
     draw(result["timelines"], sizes.microbatches, out)
     print(f"\nthe model, for plain transformers   {out / 'model'}")
-    print(f"the schedule that ran               {out / 'timeline.svg'}")
-    print(f"the same without any waiting        {out / 'schedule.svg'}")
+    print(f"the step that ran                   {out / 'timeline.svg'}")
+    print(f"its schedule on paper               {out / 'schedule.svg'}")
     print(f"all of it took                      {time.perf_counter() - begin:.0f} s")
 
 
@@ -116,9 +117,9 @@ def train(sizes: Sizes, steps: int, out: Path) -> None:
         resid_pdrop=0.0,
     )
     model = AutoModelForCausalLM.from_config(config)
-    model = hf_tpp.parallelize(model, tp=TP, pp=PP, num_microbatches=sizes.microbatches, device="cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps + steps // 10)
+    model = hf_tpp.parallelize(model, tp=TP, pp=PP, num_microbatches=sizes.microbatches, device="cpu").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 5, steps + steps // 10)
     is_printer = dist.get_rank() == 0
     losses: list[float] = []
     begin = time.perf_counter()
@@ -137,13 +138,10 @@ def train(sizes: Sizes, steps: int, out: Path) -> None:
     assert state is not None
     state.calls.runner.record = True
     loss, norm = backward(model, batch_of_step(tokens, sizes, steps))
-    mine = [(str(timed.action), timed.start, timed.end) for timed in state.calls.runner.timeline]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (state.mesh.pp.rank, state.mesh.tp.rank, mine))
+    timelines = gather_timelines(state)
     if is_printer:
-        timelines = [timeline for _, tp_rank, timeline in sorted(everyone) if tp_rank == 0]
-        (out / "result.json").write_text(json.dumps({"loss": loss, "norm": norm, "timelines": timelines}))
         print(f"loss       {losses[0]:.4f} {sparkline(losses)} {losses[-1]:.4f}", flush=True)
+        (out / "result.json").write_text(json.dumps({"loss": loss, "norm": norm, "timelines": timelines}))
     dist.destroy_process_group()
 
 
@@ -155,7 +153,7 @@ def batch_of_step(tokens: np.ndarray, sizes: Sizes, step: int) -> dict[str, torc
 
 
 def backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """One step without the optimizer: its loss and the gradient norm. Nothing in it knows of ranks."""
+    """A training step up to the clipped gradients: its loss and gradient norm. Nothing in it knows of ranks."""
     loss = model(**batch).loss
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -176,36 +174,8 @@ def write(model: Any, tokenizer: Any) -> None:
     prompt = tokenizer(PROMPT, return_tensors="pt")
     length = min(60, model.config.n_positions - prompt["input_ids"].shape[1])
     written = model.eval().generate(**prompt, max_new_tokens=length, do_sample=True, temperature=0.7, pad_token_id=0)
-    print(f"\nplain transformers, from {PROMPT!r}:\n")
+    print(f"\nplain transformers continues {PROMPT!r}:\n")
     print("\n".join(f"    {line}" for line in tokenizer.decode(written[0]).splitlines()))
-
-
-def draw(timelines: list[Any], num_microbatches: int, out: Path) -> None:
-    """Draw the recorded step, and the same schedule on paper."""
-    ran = measured(timelines)
-    ideal = simulate([one_f_one_b(stage, PP, num_microbatches) for stage in range(PP)])
-    (out / "timeline.svg").write_text(timeline_svg(ran, "One training step as it ran", unit="ms"))
-    (out / "schedule.svg").write_text(timeline_svg(ideal, f"1F1B, {PP} stages, {num_microbatches} microbatches"))
-    shortest = min(event.end - event.start for event in ran.events)
-    print(f"\nthe schedule that ran, {ran.makespan:.0f} ms in slots of {shortest:.1f} ms:\n")
-    print(timeline_text(ran, slot=0.99 * shortest))
-
-
-def measured(timelines: list[Any]) -> Simulation:
-    """Recorded actions of all stages -> computes in milliseconds, without the time in which they waited for a message.
-
-    All processes of one machine read the same clock.
-    """
-    ends = {(stage, name): end for stage, timeline in enumerate(timelines) for name, _, end in timeline}
-    events = []
-    for stage, timeline in enumerate(timelines):
-        for name, start, end in timeline:
-            action = Action.parse(name)
-            if action.kind.is_compute:
-                source = stage - 1 if action.kind is Kind.FORWARD else stage + 1
-                start = max(start, ends.get((source, name), start))
-                events.append(Event(stage, action, 1e3 * start, 1e3 * end))
-    return Simulation.from_events(events, len(timelines))
 
 
 def sparkline(values: list[float]) -> str:

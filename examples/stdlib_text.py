@@ -1,7 +1,6 @@
 """Real text on every machine: the source and docstrings of Python's own standard library."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +12,14 @@ __all__ = ["read_stdlib", "tokenize", "train_tokenizer"]
 _END = "<|endoftext|>"
 
 
-def read_stdlib(max_bytes: int) -> list[str]:
-    """The modules at the top of the standard library, in the order of their names, up to a number of bytes."""
-
-    def read() -> Iterator[str]:
-        rest = max_bytes
-        for path in sorted(Path(os.__file__).parent.glob("*.py")):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            rest -= len(text)
-            if rest < 0:
-                return
-            yield text
-
-    return list(read())
+def read_stdlib(num_characters: int) -> list[str]:
+    """Modules at the top of the standard library, in the order of their names, until there is enough."""
+    texts: list[str] = []
+    for path in sorted(Path(os.__file__).parent.glob("*.py")):
+        if sum(map(len, texts)) >= num_characters:
+            break
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return texts
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -131,15 +131,13 @@ def _build(assembly: Assembly, mesh: ParallelMesh, weights: WeightSource) -> tup
     for spec in assembly.all_specs(mesh):
         for segment in spec.segments if spec.dim is not None else ():
             mesh.neighbours(segment.num_copies)
-    trained = {name: spec for name, spec in specs.items() if model.get_parameter(name).requires_grad}
-    stage = Stage(plain_forward, flow, [model.get_parameter(name) for name in trained])
     calls = CallContext(
         model=model,
         mesh=mesh,
-        runner=PipelineRunner(stage, mesh, StageLinks(mesh)),
+        runner=PipelineRunner(Stage(plain_forward, flow), mesh, StageLinks(mesh)),
         regions=regions,
         streams=streams,
-        specs=list(trained.values()),
+        specs={model.get_parameter(name): spec for name, spec in specs.items()},
         vocabulary=assembly.cuts.vocabulary,
         hidden_size=hidden_size,
         sequence_parallel=assembly.sequence_parallel,

@@ -44,7 +44,7 @@ class CallContext:
         runner: Runs schedules on this rank's stage.
         regions: Shared by the tensor-parallel regions.
         streams: The dropout streams.
-        specs: One per entry of `runner.stage.parameters`.
+        specs: This rank's parameters, and how they lie.
         vocabulary: Layout of the vocabulary.
         hidden_size: Channels of the hidden states between stages.
         num_microbatches: The user's choice, None for the default.
@@ -61,7 +61,7 @@ class CallContext:
     runner: PipelineRunner
     regions: RegionState
     streams: DropoutStreams
-    specs: Sequence[ShardSpec]
+    specs: Mapping[nn.Parameter, ShardSpec]
     vocabulary: Any
     hidden_size: int
     sequence_parallel: bool
@@ -80,6 +80,12 @@ class CallContext:
             yield
         finally:
             self.agreement = True
+
+    def choose_trained(self) -> list[ShardSpec]:
+        """Have the next pass compute what needs a gradient now, and return the specs of those parameters."""
+        trained = {parameter: spec for parameter, spec in self.specs.items() if parameter.requires_grad}
+        self.runner.stage.parameters = list(trained)
+        return list(trained.values())
 
     def messages(self, microbatches: Sequence[Batch], shards: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of the hidden states between stages, per microbatch."""
@@ -130,6 +136,7 @@ def training_call(context: CallContext, batch: dict[str, Any]) -> Any:
         if context.sequence_parallel and not mesh.pp.is_first:
             context.streams.enter_sequence_shards()
 
+    specs = context.choose_trained()
     shards = mesh.tp.size if context.sequence_parallel else 1
     context.regions.sequence_parallel = context.sequence_parallel
     try:
@@ -138,7 +145,7 @@ def training_call(context: CallContext, batch: dict[str, Any]) -> Any:
     finally:
         context.regions.sequence_parallel = False
     loss = _share_loss(loss, mesh, over_replicas=counts_itself)
-    gradients = sum_shared_gradients(kept.tensors, context.specs, mesh)
+    gradients = sum_shared_gradients(kept.tensors, context.runner.stage.parameters, specs, mesh)
     parameters: list[Any] = [*context.runner.stage.parameters]
     if context.residual is not None:
         parameters, gradients = [*parameters, context.residual], [*gradients, None]

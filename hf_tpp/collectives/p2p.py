@@ -38,6 +38,25 @@ class StageLinks:
     mesh: ParallelMesh
     _in_transit: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
 
+    def connect(self) -> None:
+        """Open every channel before the first schedule runs.
+
+        NCCL opens a channel at its first message and stops both hosts until the other side comes. In the middle of a
+        schedule the other side may be waiting for something that this host has yet to issue.
+        """
+        rank, size = self.mesh.pp.rank, self.mesh.pp.size
+        for parity in (0, 1):
+            for source in range(parity, size - 1, 2):
+                links = ((source, source + 1, self.mesh.forward_group), (source + 1, source, self.mesh.backward_group))
+                for sender, receiver, group in links:
+                    probe = torch.zeros(1, device=self.mesh.device)
+                    if rank == sender:
+                        dist.send(probe, self.mesh.pp.global_ranks[receiver], group=group)
+                    elif rank == receiver:
+                        dist.recv(probe, self.mesh.pp.global_ranks[sender], group=group)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+
     def send_forward(self, activation: torch.Tensor) -> None:
         """Start sending an activation to the next stage."""
         self._send(activation, self.mesh.pp.rank + 1, self.mesh.forward_group)

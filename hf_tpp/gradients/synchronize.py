@@ -22,12 +22,16 @@ _BUCKET_BYTES = 64 * 2**20
 
 
 def sum_shared_gradients(
-    gradients: Sequence[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh
+    gradients: Sequence[torch.Tensor | None],
+    parameters: Sequence[torch.Tensor],
+    specs: Sequence[ShardSpec],
+    mesh: ParallelMesh,
 ) -> list[torch.Tensor | None]:
     """Complete the gradients of parameters that several ranks of a replica hold.
 
     Args:
         gradients: One per local parameter, or None where this rank's part of the model did not use it.
+        parameters: The local parameters.
         specs: How each parameter lies.
         mesh: The process groups.
 
@@ -43,9 +47,12 @@ def sum_shared_gradients(
     for index, spec in enumerate(specs):
         if spec.num_stages > 1:
             gradient = result[index]
-            assert gradient is not None, f"{spec.name} is tied across stages but got no gradient"
-            result[index] = gradient = gradient.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(gradient, group=mesh.ends)
+            if gradient is None:  # one end did not use it: inputs_embeds stood in for the embedding
+                total = torch.zeros_like(parameters[index], memory_format=torch.contiguous_format)
+            else:
+                total = gradient.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(total, group=mesh.ends)
+            result[index] = total
     return result
 
 

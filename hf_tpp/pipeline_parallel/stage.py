@@ -7,7 +7,8 @@
 The graph hangs on the boundary, not on the output: once the output has left, nothing here holds its memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +55,12 @@ class Stage:
     Attributes:
         forward_model: The model's own forward, bound to the model.
         flow: Shared with the hollow layers.
-        parameters: Local parameters that need gradients.
+        parameters: Local parameters that get gradients in the next pass.
     """
 
     forward_model: Callable[..., Any]
     flow: StageFlow
-    parameters: Sequence[torch.Tensor]
+    parameters: Sequence[torch.Tensor] = ()
 
     def run(self, microbatch: dict[str, Any], received: torch.Tensor | None) -> Any:
         """The model's forward on this stage.
@@ -121,11 +122,24 @@ class Stage:
             return None, nothing
         if gradient is not None:
             graph.mailbox.append(gradient)
-        with torch.autocast(graph.root.device.type, enabled=False):
+        with torch.autocast(graph.root.device.type, enabled=False), _hooks_at_rest(self.parameters):
             gradients = torch.autograd.grad(graph.root, inputs, allow_unused=True)
         if graph.received is None:
             return None, list(gradients)
         return gradients[0], list(gradients[1:])
+
+
+@contextmanager
+def _hooks_at_rest(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Autograd would run the parameters' hooks for each microbatch, and again for the sum when it is released."""
+    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
 
 
 def check_message(output: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
