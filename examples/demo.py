@@ -77,10 +77,8 @@ def conduct(sizes: Sizes, steps: int, out: Path) -> None:
     tokenizer = train_tokenizer(texts, sizes.vocabulary)
     tokens = tokenize(texts, tokenizer)
     np.save(out / "tokens.npy", tokens)
-    print(
-        f"text       {len(texts)} modules of Python {sys.version.split()[0]}, {len(tokens):,} tokens of a byte-level BPE "
-        f"with {len(tokenizer)} entries"
-    )
+    python = sys.version.split()[0]
+    print(f"text       {len(texts)} modules of Python {python}, {len(tokens):,} tokens, vocabulary {len(tokenizer)}")
     print(f"processes  {TP * PP} on {os.cpu_count()} CPU cores, tensor parallel {TP} x pipeline {PP}", flush=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TP * PP)]
     subprocess.run([*launcher, __file__, *sys.argv[1:]], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -173,7 +171,9 @@ def write(model: Any, tokenizer: Any) -> None:
     torch.manual_seed(0)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     length = min(60, model.config.n_positions - prompt["input_ids"].shape[1])
-    written = model.eval().generate(**prompt, max_new_tokens=length, do_sample=True, temperature=0.7, pad_token_id=0)
+    written = model.eval().generate(
+        **prompt, max_new_tokens=length, do_sample=True, temperature=0.6, top_k=20, pad_token_id=tokenizer.eos_token_id
+    )
     print(f"\nplain transformers continues {PROMPT!r}:\n")
     print("\n".join(f"    {line}" for line in tokenizer.decode(written[0]).splitlines()))
 
