@@ -53,7 +53,7 @@ class Sizes:
     micro_batch: int = 4
     num_microbatches: int = 8
     warmup: int = 3
-    steps: int = 10
+    steps: int = 5
 
 
 TINY = Sizes(2, 32, 4, 2, 64, 131, 131, 16, 2, 2, 1, 2)

@@ -99,6 +99,7 @@ def parallelize(
         "stages": assembly.stages if assembly else None,
         "sequence_parallel": sequence_parallel,
         "seed": seed,
+        "eval_logits": eval_logits,
         "model": type(model).__name__,
         "weights": _fingerprint(model) if problem is None else None,
     }
@@ -164,11 +165,14 @@ def _weights_of(model: nn.Module, assembly: Assembly, seed: int) -> WeightSource
 
 @torch.no_grad()
 def _fingerprint(model: nn.Module) -> str:
-    """Shapes, types and some values of every parameter: enough to see that two ranks loaded different weights."""
+    """Shapes, types and a hash of the values of every parameter, so that no two ranks start from different weights."""
     parameters = dict(model.named_parameters())
     text = str([(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in parameters.items()])
-    samples = [p.reshape(-1)[:: max(1, p.numel() // _SAMPLES)] for p in parameters.values() if not p.is_meta]
-    return f"{text_hash(text):08x}-{int(checksum(samples)) & (2**64 - 1):016x}"
+    loaded = [p for p in parameters.values() if not p.is_meta and p.numel()]
+    # The hash sees all values but not their order; the samples see order.
+    hashes = str([int(torch.hash_tensor(p).view(torch.int64)) for p in loaded])
+    samples = [p.reshape(-1)[:: max(1, p.numel() // _SAMPLES)] for p in loaded]
+    return f"{text_hash(text + hashes):08x}-{int(checksum(samples)) & (2**64 - 1):016x}"
 
 
 def _open_checkpoint(model: nn.Module, assembly: Assembly, checkpoint: Any) -> SafetensorsCheckpoint:

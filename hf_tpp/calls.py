@@ -122,14 +122,13 @@ def training_call(context: CallContext, batch: dict[str, Any]) -> Any:
     seed = int(torch.randint(0, 2**62, ()).item()) if draws else 0
     counts_itself = "num_items_in_batch" not in batch
     tokens: int | torch.Tensor = count_label_tokens(microbatches) if counts_itself and problem is None else 0
-    facts = _agree_on_batch(context, batch, problem, mesh.control, len(microbatches), [tokens, seed])
+    replicas = _agree_on_call(context, batch, problem, [tokens, seed], trains=True)
     if counts_itself:
         # The mean over the tokens of all replicas: each divides by the average count, the dp mean does the rest.
-        first_of_replica = facts[:: mesh.replica.size]
-        mean_tokens = sum(row[0] for row in first_of_replica) / mesh.dp.size
+        mean_tokens = sum(row[0] for row in replicas) / mesh.dp.size
         for microbatch in microbatches:
             microbatch["num_items_in_batch"] = torch.tensor(mean_tokens, device=mesh.device)
-    replica_seed = facts[mesh.dp.rank * mesh.replica.size][1]
+    replica_seed = replicas[mesh.dp.rank][1]
 
     def start_microbatch(index: int) -> None:
         context.streams.start_microbatch(replica_seed, mesh.dp.rank, index, mesh.pp.rank)
@@ -180,10 +179,10 @@ def evaluation_call(context: CallContext, batch: dict[str, Any]) -> Any:
     draws = context.model.training and context.streams.draws()
     seed = int(torch.randint(0, 2**62, ()).item()) if draws else 0
     if context.agreement:
-        seed = _agree_on_batch(context, batch, problem, mesh.replica_control, len(microbatches), [seed])[0][0]
+        _, seed = _agree_on_call(context, batch, problem, [0, seed], trains=False)[0]
     elif problem is not None:
         raise problem
-    has_labels = "labels" in batch or "shift_labels" in batch
+    has_labels = "labels" in batch
     if has_labels and "num_items_in_batch" not in batch:
         tokens = count_label_tokens(microbatches)
         for microbatch in microbatches:
@@ -208,7 +207,7 @@ def evaluation_call(context: CallContext, batch: dict[str, Any]) -> Any:
 
 def _check_training(context: CallContext, batch: Batch) -> None:
     _check_outputs(context, batch)
-    if "labels" not in batch and "shift_labels" not in batch:
+    if "labels" not in batch:
         raise BatchError(
             f"training needs labels, since the whole pass runs inside the model's call; got {', '.join(batch)}: pass "
             f"labels=input_ids (transformers shifts them), or call model.eval() for logits alone"
@@ -254,46 +253,63 @@ def _to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {name: move(value) for name, value in batch.items()}
 
 
-def _agree_on_batch(
+def _agree_on_call(
     context: CallContext,
     batch: Batch,
     problem: HfTppError | None,
-    group: dist.ProcessGroup | None,
-    num_microbatches: int,
-    extra: Sequence[int | torch.Tensor],
+    numbers: Sequence[int | torch.Tensor],
+    *,
+    trains: bool,
 ) -> list[list[int]]:
-    """Raise on all ranks unless each replica's ranks have one batch; returns every rank's `extra`."""
+    """Raise on all ranks unless the ranks of each replica were called alike.
+
+    Args:
+        context: The model's.
+        batch: All arguments of the call.
+        problem: What this rank found wrong with it.
+        numbers: To be given to the others; may differ between ranks.
+        trains: Whether this is a training pass, of which all replicas hear; an evaluation concerns one replica.
+
+    Returns:
+        The `numbers` of the first rank of each replica (of this one alone in evaluation).
+    """
+    mesh = context.mesh
     tensors = [
         part
         for value in batch.values()
         for part in (value if isinstance(value, list) else [value])
         if isinstance(part, torch.Tensor)
     ]
-    shapes = f"{ {name: _describe(value) for name, value in batch.items()} } in {num_microbatches} microbatches"
-    rows = exchange([problem is not None, text_hash(shapes), checksum(tensors), *extra], group)
-    size = context.mesh.replica.size
-    if any(row[0] for row in rows) or any(row[1:3] != rows[i // size * size][1:3] for i, row in enumerate(rows)):
-        same = context.mesh.dp.size == 1 or group is not context.mesh.control
-        facts = {"batch": f"{shapes} checksum {int(checksum(tensors)):x}"} if same else {}
-        agree_on(facts, problem or _different_batches(rows, context, group), group)
-    return [row[3:] for row in rows]
-
-
-def _different_batches(rows: list[list[int]], context: CallContext, group: Any) -> HfTppError | None:
-    size = context.mesh.replica.size
-    replicas = [i // size for i, row in enumerate(rows) if row[1:3] != rows[i // size * size][1:3]]
-    if not replicas or group is not context.mesh.control:
-        return None
-    return BatchError(
-        f"the ranks of replica {replicas[0]} were given different batches: all tp x pp ranks of a replica must get the "
-        f"same one (sampler with num_replicas=dp, rank=dp_rank, one seed)"
-    )
+    arguments = str({name: _describe(value) for name, value in batch.items()})
+    facts = (int(trains), int(problem is not None), text_hash(arguments), checksum(tensors))
+    rows = exchange([*facts, *numbers], mesh.replica_control)
+    is_refused = any(row[1] or row[:4] != rows[0][:4] for row in rows)
+    if is_refused:
+        call = {
+            "call": "training" if trains else "evaluation",
+            "batch": f"{arguments} checksum {int(checksum(tensors)):x}",
+        }
+        try:
+            agree_on(call, problem, mesh.replica_control)
+        except HfTppError as error:
+            problem = error
+    if not any(row[0] for row in rows) or mesh.dp.size == 1:
+        if problem is not None:
+            raise problem
+        return [rows[0][4:]]
+    # If one rank of a replica trains, all of its ranks are here: the other replicas must hear what is wrong.
+    replicas = exchange([int(is_refused), *numbers], mesh.control)[:: mesh.replica.size]
+    if any(row[0] for row in replicas):
+        agree_on({}, problem, mesh.control)
+    return [row[1:] for row in replicas]
 
 
 def _describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype}{list(value.shape)}"
-    return [_describe(part) for part in value] if isinstance(value, list | tuple) else str(type(value).__name__)
+    if isinstance(value, list | tuple):
+        return [_describe(part) for part in value]
+    return value if isinstance(value, bool | int | float | str) else type(value).__name__
 
 
 def _share_loss(loss: torch.Tensor, mesh: ParallelMesh, over_replicas: bool) -> torch.Tensor:

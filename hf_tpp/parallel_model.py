@@ -126,7 +126,11 @@ class _ParallelMethods:
         state: ParallelState = getattr(self, _ATTRIBUTE)
         _share_random_state(state.mesh)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        facts = {"prompts": f"{[list(t.shape) for t in tensors]} checksum {int(checksum(tensors))}"}
+        facts = {
+            "prompts": f"{[list(t.shape) for t in tensors]} checksum {int(checksum(tensors))}",
+            "options": {name: value for name, value in kwargs.items() if isinstance(value, bool | int | float | str)},
+            "generation_config": str(kwargs.get("generation_config", getattr(self, "generation_config", None))),
+        }
         agree_on(facts, None, state.mesh.replica_control)
         with state.calls.without_agreement():
             return super().generate(*args, **kwargs)  # type: ignore[misc]

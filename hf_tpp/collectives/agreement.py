@@ -77,13 +77,15 @@ def agree_on(facts: Mapping[str, Any], problem: Exception | None, group: dist.Pr
     dist.all_gather_object(everyone, (dict(facts), problem), group=group)
     if problem is not None:
         raise problem
-    for rank, (_, other) in enumerate(everyone):
+    ranks = dist.get_process_group_ranks(group)
+    for rank, (_, other) in zip(ranks, everyone, strict=True):
         if other is not None:
             raise type(other)(f"rank {rank}: {other}")
+    by_rank = {rank: theirs for rank, (theirs, _) in zip(ranks, everyone, strict=True)}
     differences = [
-        f"{name}: " + ", ".join(f"rank {rank} has {theirs[name]!r}" for rank, (theirs, _) in enumerate(everyone))
+        f"{name}: " + ", ".join(f"rank {rank} has {theirs[name]!r}" for rank, theirs in by_rank.items())
         for name in facts
-        if len({repr(theirs.get(name)) for theirs, _ in everyone}) > 1
+        if len({repr(theirs.get(name)) for theirs in by_rank.values()}) > 1
     ]
     if differences:
         raise RankMismatchError(

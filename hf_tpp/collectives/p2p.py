@@ -37,25 +37,31 @@ class StageLinks:
 
     mesh: ParallelMesh
     _in_transit: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
+    _open_bytes: int = 0
 
-    def connect(self) -> None:
-        """Open every channel before the first schedule runs.
+    def open(self, num_bytes: int) -> None:
+        """Make every channel ready for messages of `num_bytes`, before a schedule depends on it.
 
-        NCCL opens a channel at its first message and stops both hosts until the other side comes. In the middle of a
-        schedule the other side may be waiting for something that this host has yet to issue.
+        NCCL sets a channel up at its first message, and again at the first larger one, and stops both hosts until the
+        other side comes. In the middle of a schedule the other side may be waiting for what this host has yet to
+        issue: both would wait for ever.
+
+        Collective: every stage of the pipeline, with the same number.
         """
+        if self.mesh.device.type != "cuda" or num_bytes <= self._open_bytes:
+            return
+        self._open_bytes = num_bytes
         rank, size = self.mesh.pp.rank, self.mesh.pp.size
+        probe = torch.zeros(num_bytes, dtype=torch.uint8, device=self.mesh.device)
         for parity in (0, 1):
             for source in range(parity, size - 1, 2):
                 links = ((source, source + 1, self.mesh.forward_group), (source + 1, source, self.mesh.backward_group))
                 for sender, receiver, group in links:
-                    probe = torch.zeros(1, device=self.mesh.device)
                     if rank == sender:
                         dist.send(probe, self.mesh.pp.global_ranks[receiver], group=group)
                     elif rank == receiver:
                         dist.recv(probe, self.mesh.pp.global_ranks[sender], group=group)
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize(self.mesh.device)
+        torch.cuda.synchronize(self.mesh.device)
 
     def send_forward(self, activation: torch.Tensor) -> None:
         """Start sending an activation to the next stage."""
@@ -76,7 +82,7 @@ class StageLinks:
     def tell_next(self, number: int) -> None:
         """Give the next stage a number, over the host's group."""
         message = torch.tensor([number], dtype=torch.int64)
-        dist.send(message, self.mesh.pp.global_ranks[self.mesh.pp.rank + 1], group=self.mesh.replica_control)
+        self._start(message, self.mesh.pp.rank + 1, self.mesh.replica_control)
 
     def hear_previous(self) -> int:
         """The number that the stage before gave."""
@@ -95,7 +101,9 @@ class StageLinks:
         self._in_transit = [(work, buffer) for work, buffer in self._in_transit if not work.is_completed()]
         while len(self._in_transit) > 2 * self.mesh.pp.size:
             self._in_transit.pop(0)[0].wait()
-        buffer = message.detach().contiguous()
+        self._start(message.detach().contiguous(), stage, group)
+
+    def _start(self, buffer: torch.Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
         work = dist.isend(buffer, self.mesh.pp.global_ranks[stage], group=group)
         assert work is not None
         self._in_transit.append((work, buffer))

@@ -15,7 +15,7 @@ from hf_tpp.errors import BatchError
 
 __all__ = ["batch_rows", "count_label_tokens", "default_num_microbatches", "sequence_length", "split_batch"]
 
-_TOKENS = ("input_ids", "inputs_embeds")
+_TOKENS = {"input_ids": ("rows", "seq"), "inputs_embeds": ("rows", "seq", "hidden")}
 
 
 def default_num_microbatches(rows: int, pp_size: int) -> int:
@@ -56,8 +56,6 @@ def split_batch(batch: Mapping[str, Any], num_microbatches: int) -> list[dict[st
     if isinstance(tokens, list | tuple):
         return _explicit_microbatches(batch, len(tokens))
     rows = tokens.shape[0]
-    if rows == 0:
-        raise BatchError("the batch has no rows: skip it, or set drop_last in the data loader")
     count = min(num_microbatches, rows)
     microbatches: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in batch.items():
@@ -93,7 +91,14 @@ def count_label_tokens(microbatches: Sequence[Mapping[str, Any]]) -> torch.Tenso
 
 
 def _tokens(batch: Mapping[str, Any]) -> Any:
-    for name in _TOKENS:
-        if batch.get(name) is not None:
-            return batch[name]
+    for name, dimensions in _TOKENS.items():
+        tokens = batch.get(name)
+        if tokens is not None:
+            parts = tokens if isinstance(tokens, list | tuple) else [tokens]
+            if any(part.dim() != len(dimensions) for part in parts):
+                shapes = ", ".join(str(list(part.shape)) for part in parts)
+                raise BatchError(f"{name} has the shape {shapes}: give [{', '.join(dimensions)}]")
+            if not parts or any(part.shape[0] == 0 for part in parts):
+                raise BatchError(f"{name} has no rows: skip this batch, or set drop_last in the data loader")
+            return tokens
     raise BatchError(f"the batch has neither input_ids nor inputs_embeds (got {', '.join(batch) or 'nothing'})")

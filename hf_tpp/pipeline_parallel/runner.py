@@ -3,6 +3,7 @@
 The list that is simulated, drawn and tested is the list that runs.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,6 @@ class _Execution:
         self.start_microbatch = start_microbatch
         self.stage, self.links = runner.stage, runner.links
         self.is_last = runner.mesh.pp.is_last
-        self.with_graph = True
         self.activations: dict[int, Receipt] = {}
         self.gradients_in: dict[int, Receipt] = {}
         self.graphs: dict[int, MicrobatchGraph] = {}
@@ -140,7 +140,7 @@ class _Execution:
 
     def run(self, schedule: Sequence[Action], with_graph: bool = True) -> None:
         """Execute the actions in order."""
-        self.with_graph = with_graph
+        self.links.open(max(math.prod(shape) * dtype.itemsize for shape, dtype in self.messages))
         execute: dict[Kind, Callable[[int], None]] = {
             Kind.RECV_FORWARD: self._recv_forward,
             Kind.FORWARD: self._forward if with_graph else self._evaluate,

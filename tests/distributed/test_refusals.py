@@ -190,7 +190,7 @@ def snapshot(model: nn.Module) -> Any:
 
 def loss_of(model: nn.Module) -> float:
     vocab_size = model.config.vocab_size
-    return float(model.eval()(**make_batch(4, 8, vocab_size=vocab_size), use_cache=False).loss)
+    return model.eval()(**make_batch(4, 8, vocab_size=vocab_size), use_cache=False).loss.item()
 
 
 def refuse_to_parallelize(refusals: Sequence[Refusal]) -> list[dict[str, Any]]:
@@ -366,6 +366,10 @@ def labels_missing(model: Model, rank: int) -> None:
     call(model, **{name: BATCH[name] for name in ("input_ids", "attention_mask")})
 
 
+def shift_labels_alone(model: Model, rank: int) -> None:
+    call(model, input_ids=BATCH["input_ids"], shift_labels=BATCH["labels"])
+
+
 def reentrant_checkpointing(model: Model, rank: int) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": True})
     try:
@@ -449,6 +453,10 @@ def different_labels(model: Model, rank: int) -> None:
     call(model, **{**BATCH, "labels": BATCH["labels"].where(torch.tensor(rank == 0), -100)})
 
 
+def different_token_counts(model: Model, rank: int) -> None:
+    call(model, **BATCH, num_items_in_batch=20 + rank)
+
+
 def different_rows(model: Model, rank: int) -> None:
     call(model, **{name: value[: 4 - rank] for name, value in BATCH.items()})
 
@@ -495,6 +503,7 @@ def different_generation_options(model: Model, rank: int) -> None:
 
 BAD_CALLS: dict[Callable[[Model, int], None], tuple[str, Sequence[str]]] = {
     labels_missing: ("BatchError", ("training needs labels", "labels=input_ids", "model.eval()")),
+    shift_labels_alone: ("BatchError", ("training needs labels",)),
     reentrant_checkpointing: ("BatchError", ("'use_reentrant': False",)),
     hidden_states: ("BatchError", ("output_hidden_states=True",)),
     hidden_states_in_evaluation: ("BatchError", ("output_hidden_states=True",)),
@@ -502,27 +511,28 @@ BAD_CALLS: dict[Callable[[Model, int], None], tuple[str, Sequence[str]]] = {
     backward_twice: ("RuntimeError", ("released before", "call the model again")),
     no_rows: ("BatchError", ("no rows", "drop_last")),
     no_rows_on_one_rank: ("BatchError", ("no rows",)),
-    no_microbatches: ("BatchError", ()),
-    no_microbatches_on_one_rank: ("BatchError", ()),
+    no_microbatches: ("BatchError", ("no rows",)),
+    no_microbatches_on_one_rank: ("BatchError", ("no rows",)),
     microbatch_without_rows: ("BatchError", ("no rows",)),
     lists_of_different_lengths: ("BatchError", ("labels is a list of 2 microbatches, the tokens are 1",)),
     list_beside_tensor: ("BatchError", ("labels is one tensor", "give a list")),
     no_tokens: ("BatchError", ("neither input_ids nor inputs_embeds",)),
-    one_dimension: ("BatchError", ("input_ids",)),
+    one_dimension: ("BatchError", ("input_ids has the shape [8]: give [rows, seq]",)),
     embeds_with_gradient: ("BatchError", ("detach()",)),
     different_values: ("RankMismatchError", ("batch: rank 0 has",)),
     different_values_in_evaluation: ("RankMismatchError", ("batch: rank 0 has",)),
     different_labels: ("RankMismatchError", ("batch: rank 0 has",)),
+    different_token_counts: ("RankMismatchError", ("'num_items_in_batch': 20", "'num_items_in_batch': 21")),
     different_rows: ("RankMismatchError", ("[4, 8]", "[3, 8]")),
     different_lengths: ("RankMismatchError", ("[4, 8]", "[4, 6]")),
     one_without_labels: ("BatchError", ("training needs labels",)),
     one_without_labels_in_evaluation: ("RankMismatchError", ("labels",)),
     one_without_mask: ("RankMismatchError", ("attention_mask",)),
-    one_in_evaluation: ("RankMismatchError", ()),
-    one_without_gradients: ("RankMismatchError", ()),
+    one_in_evaluation: ("RankMismatchError", ("call: rank 0 has 'training', rank 1 has 'evaluation'",)),
+    one_without_gradients: ("RankMismatchError", ("call: rank 0 has 'training', rank 1 has 'evaluation'",)),
     different_prompts: ("RankMismatchError", ("prompts: rank 0 has",)),
     different_prompt_lengths: ("RankMismatchError", ("prompts: rank 0 has",)),
-    different_generation_options: ("RankMismatchError", ()),
+    different_generation_options: ("RankMismatchError", ("{'max_new_tokens': 2", "{'max_new_tokens': 3")),
 }
 HANGING_IF_WRONG = (
     no_microbatches_on_one_rank,
@@ -544,10 +554,7 @@ def train_once(model: Model) -> tuple[float, float]:
 def refuse_calls(sizes: dict[str, int], calls: Sequence[Callable[[Model, int], None]]) -> list[Any]:
     """Body of a rank: what each call raises, and a good call after each."""
     model = hf_tpp.parallelize(tiny_model("gpt2", 3), verbose=False, **sizes)
-    found = []
-    for bad in calls:
-        found.append((failure(bad, model, dist.get_rank()), train_once(model)))
-    return found
+    return [(failure(bad, model, dist.get_rank()), train_once(model)) for bad in calls]
 
 
 def check_refused_calls(sizes, calls, subtests):
@@ -589,7 +596,7 @@ def test_sequence_parallelism_needs_divisible_sequences():
     expected = gpt2().eval()(**{name: value[:, :7] for name, value in BATCH.items()}).loss.item()
     for (error, message), *losses in run_ranks(odd_sequence, 2, timeout=TIMEOUT):
         assert error == "BatchError"
-        assert "divisible by tp=2, got 7: pad the batch (pad_to_multiple_of=2) or use sequence_parallel=False" in message
+        assert "divisible by tp=2, got 7: pad the batch (pad_to_multiple_of=2) or use" in message
         assert losses == pytest.approx([expected] * 2, rel=1e-5)
 
 

@@ -1,7 +1,7 @@
 """Training in parallel equals training in one process: every family on every layout, and every way to call a model.
 
-The matrix runs whole trainings (losses, norms, first gradients, last weights), the calls single passes (loss, gradients).
-Cases of one world size share their ranks, so that most of the time goes into training and not into starting processes.
+The matrix runs whole trainings (losses, norms, first gradients, last weights), the calls single passes (loss and
+gradients). Cases of one world size share their ranks, so that time goes into training and not into starting processes.
 """
 
 import contextlib

@@ -1,0 +1,272 @@
+"""Dropout in parallel: the same masks where activations are replicated, different ones where they are not."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hf_tpp
+from hf_tpp.parallel_model import parallel_state
+from hf_tpp.sharding import ShardSpec
+from tests.parity.models import make_batch, tiny_model
+from tests.parity.training import Record, join
+from tests.ranks import run_ranks
+
+LAYERS = 3
+SEQ = 8
+HIDDEN = 32
+
+
+@dataclass
+class Job:
+    model: str
+    sizes: dict[str, int]
+    checkpointing: bool = False
+    sequence_parallel: bool = False
+    dropout: float = 0.1
+    rows: int = 4
+
+    def __str__(self) -> str:
+        sizes = "".join(f"{name}{size}" for name, size in self.sizes.items())
+        return f"{self.model}-{sizes}" + "-ckpt" * self.checkpointing + "-sp" * self.sequence_parallel
+
+    @property
+    def world_size(self) -> int:
+        return self.sizes.get("tp", 1) * self.sizes.get("pp", 1) * self.sizes.get("dp", 1)
+
+    def build(self) -> nn.Module:
+        model = tiny_model(self.model, LAYERS, "eager", self.dropout).train()
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        axes = {name: size for name, size in self.sizes.items() if name != "dp"}
+        return hf_tpp.parallelize(model, **axes, sequence_parallel=self.sequence_parallel, verbose=False)
+
+
+@dataclass
+class Mask:
+    """What one call of dropout dropped."""
+
+    shape: tuple[int, ...]
+    dropped: torch.Tensor
+    in_backward: bool
+
+    @property
+    def is_attention(self) -> bool:
+        return len(self.shape) == 4
+
+
+def recording(masks: list[Mask]) -> Any:
+    """Note what every dropout drops: the ones of a tensor of ones that become zero, drawn from the same state."""
+    dropout = F.dropout
+
+    def record(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        if p and training:
+            state = torch.get_rng_state()
+            dropped = dropout(torch.ones_like(x), p) == 0
+            torch.set_rng_state(state)
+            masks.append(Mask(tuple(x.shape), dropped, torch._C._current_graph_task_id() != -1))
+        return dropout(x, p, training, inplace)
+
+    return mock.patch.object(F, "dropout", record)
+
+
+# --- ten steps --------------------------------------------------------------------------------------------------------
+
+JOBS = [
+    Job(model, sizes, checkpointing, sequence_parallel)
+    for model, sizes, checkpointing, sequence_parallel in itertools.product(
+        ("gpt2", "gpt_neox", "llama_tied"), ({"tp": 2}, {"tp": 2, "pp": 2}), (False, True), (False, True)
+    )
+]
+
+
+def train(jobs: Sequence[Job]) -> list[tuple[int, int, int, Record]]:
+    """Body of a rank."""
+    found = []
+    for job in jobs:
+        model = job.build()
+        state = parallel_state(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(10):
+            model(**make_batch(job.rows, SEQ, seed=step)).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        found.append((state.mesh.tp.rank, state.mesh.pp.rank, 0, Record(weights=weights, specs=dict(state.specs))))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_replicated_and_tied_parameters_stay_identical(world_size, subtests):
+    """`join` asserts it: bit for bit between the tp ranks that replicate a parameter, and the stages that tie one."""
+    jobs = [job for job in JOBS if job.world_size == world_size]
+    ranks = run_ranks(train, world_size, jobs, timeout=200.0)
+    for index, job in enumerate(jobs):
+        with subtests.test(str(job)):
+            pieces = [rank[index] for rank in ranks]
+            specs: list[ShardSpec] = [spec for *_, record in pieces for spec in record.specs.values()]
+            assert any(spec.dim is None for spec in specs)
+            assert any(spec.num_stages == 2 for spec in specs) == ("pp" in job.sizes and job.model != "gpt_neox")
+            start = dict(tiny_model(job.model, LAYERS, "eager").named_parameters())
+            for name, weight in join(pieces, "weights").items():
+                assert weight.isfinite().all()
+                assert not torch.equal(weight, start[name]), name
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pass:
+    """One training pass on one rank."""
+
+    place: tuple[int, int, int]
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    masks: list[Mask] = field(default_factory=list)
+
+
+def one_pass(jobs: Sequence[Job], seed: int = 5) -> list[Pass]:
+    """Body of a rank."""
+    found = []
+    for job in jobs:
+        model = job.build()
+        mesh = parallel_state(model).mesh
+        batch = make_batch(job.rows, SEQ, seed=0)
+        masks: list[Mask] = []
+        torch.manual_seed(seed + 100 * mesh.global_rank)  # the ranks must not depend on equal generators
+        with recording(masks):
+            loss = model(**batch).loss
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append(Pass((mesh.tp.rank, mesh.pp.rank, mesh.dp.rank), loss.item(), gradients, masks))
+    return found
+
+
+def passes(*jobs: Job) -> list[list[Pass]]:
+    """Per job, the passes of all ranks."""
+    ranks = run_ranks(one_pass, jobs[0].world_size, list(jobs), timeout=120.0)
+    return [[rank[index] for rank in ranks] for index in range(len(jobs))]
+
+
+def equal_masks(first: Sequence[Mask], second: Sequence[Mask]) -> list[bool]:
+    assert [mask.shape for mask in first] == [mask.shape for mask in second]
+    return [torch.equal(a.dropped, b.dropped) for a, b in zip(first, second, strict=True)]
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"tp": 2, "pp": 2}], ids=str)
+def test_masks_over_tensor_parallel_ranks(sizes, subtests):
+    jobs = [Job(model, sizes, checkpointing) for model in ("gpt2", "gpt_neox") for checkpointing in (False, True)]
+    for job, ranks in zip(jobs, passes(*jobs), strict=True):
+        with subtests.test(str(job)):
+            for first, second in itertools.pairwise(ranks):
+                if first.place[1:] == second.place[1:]:
+                    for mask, equal in zip(first.masks, equal_masks(first.masks, second.masks), strict=True):
+                        assert equal == (not mask.is_attention), mask.shape
+                    assert any(mask.is_attention for mask in first.masks)
+                    assert any(mask.shape[-1] == HIDDEN for mask in first.masks)
+
+
+def test_masks_under_sequence_parallelism():
+    """Before the cut the embeddings are replicated; between the regions every rank has its own tokens."""
+    (ranks,) = passes(Job("gpt2", {"tp": 2}, sequence_parallel=True))
+    equal = equal_masks(ranks[0].masks, ranks[1].masks)
+    for mask, same in zip(ranks[0].masks, equal, strict=True):
+        assert same == (mask.shape == (1, SEQ, HIDDEN)), mask.shape
+    shapes = {mask.shape for mask in ranks[0].masks}
+    assert shapes == {(1, SEQ, HIDDEN), (1, SEQ // 2, HIDDEN), (1, 2, SEQ, SEQ)}
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
+def test_no_mask_is_used_twice(sizes):
+    """Not by two layers, stages, microbatches or replicas, and at the expected rate."""
+    (ranks,) = passes(Job("gpt2", sizes))
+    ours = [rank for rank in ranks if rank.place[0] == 0]
+    masks = [mask.dropped for rank in ours for mask in rank.masks if not mask.is_attention and alive(mask, rank, sizes)]
+    assert len(masks) == (1 + 2 * LAYERS) * 4 * sizes.get("dp", 1)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
+    rate = torch.stack(masks).float().mean().item()
+    assert rate == pytest.approx(0.1, abs=0.02)
+
+
+def alive(mask: Mask, rank: Pass, sizes: dict[str, int]) -> bool:
+    """Later stages drop elements of the zeros that stand in for the embedding: that draw counts for nothing."""
+    per_microbatch = len(rank.masks) // 4
+    position = next(i for i, other in enumerate(rank.masks) if other is mask) % per_microbatch
+    return rank.place[1] == 0 or position > 0
+
+
+CHECKPOINTED = [
+    Job(model, sizes, sequence_parallel=sequence_parallel)
+    for model in ("gpt2", "gpt_neox", "llama_tied")
+    for sizes in ({"tp": 2}, {"pp": 2})
+    for sequence_parallel in (False, True)
+    if "tp" in sizes or not sequence_parallel
+]
+
+
+def test_recomputation_draws_the_same_masks(subtests):
+    """Then loss and gradients are the same numbers with and without checkpointing."""
+    twins = [Job(job.model, job.sizes, True, job.sequence_parallel) for job in CHECKPOINTED]
+    found = passes(*CHECKPOINTED, *twins)
+    for index, job in enumerate(CHECKPOINTED):
+        with subtests.test(str(job)):
+            for plain, checkpointed in zip(found[index], found[index + len(twins)], strict=True):
+                assert not any(mask.in_backward for mask in plain.masks)
+                assert any(mask.in_backward for mask in checkpointed.masks)
+                assert plain.loss == checkpointed.loss
+                assert plain.gradients.keys() == checkpointed.gradients.keys()
+                for name, gradient in plain.gradients.items():
+                    assert torch.equal(gradient, checkpointed.gradients[name]), name
+
+
+def test_the_seed_decides(subtests):
+    """The same seed gives the same pass; another seed another one."""
+    jobs = [Job("gpt2", {"tp": 2}), Job("gpt2", {"pp": 2})]
+    first, again, other = (run_ranks(one_pass, 2, jobs, seed) for seed in (5, 5, 6))
+    for rank in range(2):
+        for index in range(len(jobs)):
+            assert first[rank][index].loss == again[rank][index].loss
+            assert first[rank][index].loss != other[rank][index].loss
+            assert all(equal_masks(first[rank][index].masks, again[rank][index].masks))
+            assert not all(equal_masks(first[rank][index].masks, other[rank][index].masks))
+
+
+# --- the caller's generator -------------------------------------------------------------------------------------------
+
+
+def state_is_kept(call: Callable[[], Any]) -> bool:
+    before = torch.get_rng_state()
+    call()
+    return torch.equal(before, torch.get_rng_state())
+
+
+def watch_generator(sizes: dict[str, int]) -> list[bool]:
+    """Body of a rank: whether the generator is untouched by passes without dropout, and moves by those with it."""
+    batch = make_batch(4, SEQ)
+    calm, noisy = Job("gpt2", sizes, dropout=0.0).build(), Job("gpt2", sizes).build()
+    found = [
+        state_is_kept(lambda: calm(**batch).loss.backward()),
+        state_is_kept(lambda: calm.eval()(**batch)),
+        state_is_kept(lambda: noisy.eval()(**batch)),
+        not state_is_kept(lambda: noisy.train()(**batch)),
+    ]
+    torch.manual_seed(0)
+    noisy(**batch)
+    moved = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.randint(0, 2**62, ())
+    return [*found, torch.equal(moved, torch.get_rng_state())]
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_generator_of_the_caller(sizes):
+    """A pass with dropout takes exactly one number from it, on every stage."""
+    assert run_ranks(watch_generator, 2, sizes) == [[True] * 5] * 2
