@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 import hf_tpp
 
 RESULTS = Path(__file__).parent / "results"
+PLAIN = "one process, plain transformers"
 CONTESTANTS = {
-    "one process, plain transformers": {"tp": 1, "pp": 1},
+    PLAIN: {"tp": 1, "pp": 1},
     "tensor parallel 2": {"tp": 2, "pp": 1},
     "tensor + sequence parallel 2": {"tp": 2, "pp": 1, "sequence_parallel": True},
     "pipeline parallel 2": {"tp": 1, "pp": 2},
@@ -188,7 +189,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
     """One row a contestant; ratios against the plain model of the same family."""
     print(f"{'model':6} {'contestant':34} {'step ms':>8} {'tokens/s':>9} {'x plain':>8} {'peak GiB':>12}  losses")
     for result in results:
-        plain = next(r for r in results if r["model"] == result["model"])
+        plain = next(r for r in results if r["model"] == result["model"] and r["contestant"] == PLAIN)
         peaks = "/".join(f"{peak / 2**30:.1f}" for peak in result["peak_bytes_per_rank"])
         losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:3] + result["losses"][-1:])
         print(

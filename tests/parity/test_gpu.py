@@ -26,6 +26,6 @@ def run_cases() -> list[object]:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one_process() -> None:
     """Float32 on two GPUs over NCCL against the same run on the CPU."""
-    ranks = run_ranks(run_cases, 2, init=False, timeout=110.0)
+    ranks = run_ranks(run_cases, 2, init=False, timeout=70.0)
     for index, case in enumerate(CASES):
         assert_equal(case, run_single(case), [results[index] for results in ranks])
