@@ -40,7 +40,7 @@ PROMPT = "def "
 class Sizes:
     """How much there is to do."""
 
-    steps: int = 100
+    steps: int = 80
     layers: int = 8
     width: int = 128
     rows: int = 16

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,9 +37,11 @@ CHUNK = 12
 """Cases that share one set of ranks."""
 
 
-def matrix_case(model: str, layout: str, attention: str, checkpointing: bool, sequence_parallel: bool) -> Case:
-    sizes = LAYOUTS[layout]
-    return Case(model, **sizes, attention=attention, checkpointing=checkpointing, sequence_parallel=sequence_parallel)
+def matrix_case(
+    model: str, layout: str, attention: str, checkpointing: bool, sequence_parallel: bool, **more: Any
+) -> Case:
+    flags = {"checkpointing": checkpointing, "sequence_parallel": sequence_parallel}
+    return Case(model, **LAYOUTS[layout], attention=attention, **flags, **more)
 
 
 def whole_matrix() -> list[Case]:
@@ -48,39 +51,42 @@ def whole_matrix() -> list[Case]:
 
 
 def default_matrix() -> list[Case]:
-    """Every model on every layout once; the flags alternate so that all pairs of values occur."""
+    """Every model on every layout once, shorter than in the sweep; the flags alternate, so that all pairs occur."""
     cases = []
     for (i, model), (j, layout) in itertools.product(enumerate(MODELS), enumerate(LAYOUTS)):
         sequence_parallel = LAYOUTS[layout].get("tp", 1) > 1 and (i // 2 + j) % 2 == 1
-        cases.append(matrix_case(model, layout, ATTENTIONS[(i + j) % 2], (i + j // 2) % 2 == 1, sequence_parallel))
+        flags = ATTENTIONS[(i + j) % 2], (i + j // 2) % 2 == 1, sequence_parallel
+        shorter = {} if "pp" in LAYOUTS[layout] else {"num_layers": 3, "num_microbatches": 2}
+        cases.append(matrix_case(model, layout, *flags, steps=4, **shorter))
     return cases
 
 
+case = partial(Case, steps=4)
 FURTHER = [
-    *(Case(model, tp=2) for model in ("qwen2", "mistral", "llama_bias")),
-    *(Case(model, pp=2) for model in ("qwen2", "mistral", "llama_bias")),
-    Case("mistral", tp=2, pp=2, attention="eager", sequence_parallel=True),
-    Case("llama_bias", tp=2, pp=2, checkpointing=True, sequence_parallel=True),
-    Case("qwen2", tp=4, sequence_parallel=True),
-    Case("llama_gqa", pp=2, num_microbatches=1),
-    Case("gpt2", tp=2, pp=2, num_microbatches=1),
-    Case("gpt2", pp=4, num_microbatches=2),
-    Case("gpt_neox", tp=2, pp=2, rows=5, num_microbatches=2),
-    Case("llama_gqa", pp=2, rows=3, num_microbatches=2),
-    Case("gpt2", pp=2, rows=5, num_microbatches=4),
-    Case("llama_tied", pp=2, rows=3, num_microbatches=4),
-    Case("gpt2", pp=2, rows=2, num_microbatches=7),
-    Case("llama_gqa", tp=2, rows=1),
-    Case("gpt_neox", tp=2, pp=2, rows=1),
-    Case("gpt2", pp=2, options={"stages": [1, 4]}),
-    Case("llama_tied", tp=2, pp=2, options={"stages": [4, 1]}),
-    Case("gpt2", tp=2, pp=2, frozen=("wte", "wpe")),
-    Case("gpt2", pp=2, frozen=("h.0.", "h.1.", "h.2.", "wte", "wpe")),
-    Case("llama_gqa", tp=2, pp=2, frozen=("norm", "k_proj"), sequence_parallel=True),
-    Case("llama_gqa", pp=2, frozen=("layers.0.", "layers.1.", "layers.2.", "layers.3.", "embed"), checkpointing=True),
-    Case("gpt_neox", tp=2, frozen=("bias",)),
-    Case("gpt2", dp=2),
-    Case("llama_tied", dp=2, pp=2, rows=3, num_microbatches=2),
+    *(case(model, tp=2) for model in ("qwen2", "mistral", "llama_bias")),
+    *(case(model, pp=2) for model in ("qwen2", "mistral", "llama_bias")),
+    case("mistral", tp=2, pp=2, attention="eager", sequence_parallel=True),
+    case("llama_bias", tp=2, pp=2, checkpointing=True, sequence_parallel=True),
+    case("qwen2", tp=4, sequence_parallel=True),
+    case("llama_gqa", pp=2, num_microbatches=1),
+    case("gpt2", tp=2, pp=2, num_microbatches=1),
+    case("gpt2", pp=4, num_microbatches=2),
+    case("gpt_neox", tp=2, pp=2, rows=5, num_microbatches=2),
+    case("llama_gqa", pp=2, rows=3, num_microbatches=2),
+    case("gpt2", pp=2, rows=5, num_microbatches=4),
+    case("llama_tied", pp=2, rows=3, num_microbatches=4),
+    case("gpt2", pp=2, rows=2, num_microbatches=7),
+    case("llama_gqa", tp=2, rows=1),
+    case("gpt_neox", tp=2, pp=2, rows=1),
+    case("gpt2", pp=2, options={"stages": [1, 4]}),
+    case("llama_tied", tp=2, pp=2, options={"stages": [4, 1]}),
+    case("gpt2", tp=2, pp=2, frozen=("wte", "wpe")),
+    case("gpt2", pp=2, frozen=("h.0.", "h.1.", "h.2.", "wte", "wpe")),
+    case("llama_gqa", tp=2, pp=2, frozen=("norm", "k_proj"), sequence_parallel=True),
+    case("llama_gqa", pp=2, frozen=("layers.0.", "layers.1.", "layers.2.", "layers.3.", "embed"), checkpointing=True),
+    case("gpt_neox", tp=2, frozen=("bias",)),
+    case("gpt2", dp=2),
+    case("llama_tied", dp=2, pp=2, rows=3, num_microbatches=2),
 ]
 
 
