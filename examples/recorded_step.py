@@ -39,7 +39,7 @@ def draw(timelines: Timelines, num_microbatches: int, folder: Path) -> None:
         f"\nthe step that ran, {ran.makespan:.0f} ms in slots of {slot:.1f} ms ({ideal.bubble:.1%} bubble on paper):\n"
     )
     for start in range(_LABEL, max(map(len, grid)), _COLUMNS):
-        print("\n".join(line[:_LABEL] + line[start : start + _COLUMNS] for line in grid) + "\n")
+        print("\n".join((line[:_LABEL] + line[start : start + _COLUMNS]).rstrip() for line in grid) + "\n")
     print("\n".join(rest))
 
 

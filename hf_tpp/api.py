@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_tpp.assembly import Assembly
-from hf_tpp.calls import CallContext
+from hf_tpp.calls.context import CallContext
 from hf_tpp.checkpoint.huggingface import SafetensorsCheckpoint, resolve_checkpoint
 from hf_tpp.checkpoint.source import InitialWeights, LoadedWeights, WeightSource
 from hf_tpp.collectives.agreement import agree_on, checksum, text_hash
@@ -243,6 +243,9 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping, the same on every rank.
+
+    Raises:
+        ConfigurationError: `model` is not parallel, or a parameter is not one of its own.
     """
     state = parallel_state(model)
     if state is None:

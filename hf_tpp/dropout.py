@@ -1,10 +1,10 @@
-"""Random streams for dropout under tensor parallelism.
+r"""Random streams for dropout under tensor parallelism.
 
 On replicated activations every tp rank must drop the same elements; inside a region the ranks hold different heads and
 must drop independently. The stream inside a region is *derived* from the generator's state at the entry:
 
     replicated   ---- draw d ----------------------------- continue --->     the same on all tp ranks
-                          \\ seed(d, tp_rank)            /
+                          \ seed(d, tp_rank)            /
     region                  -------- attention ---------                     different on each
 
 so whatever restores the generator (activation checkpointing does, before it recomputes) restores both streams.

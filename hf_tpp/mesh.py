@@ -219,7 +219,7 @@ def _subgroup(partition: list[list[int]], backend: str | None = None) -> Group |
     """This rank's group in a partition of (some of) the ranks; None if it is alone or in none."""
     if all(len(ranks) == 1 for ranks in partition):
         return None
-    mine: Any = None
+    mine: Group | None = None
     for ranks in partition:
         group = dist.new_group(ranks, backend=backend)
         if dist.get_rank() in ranks:

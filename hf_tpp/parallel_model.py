@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_tpp.calls import CallContext, evaluation_call, training_call
+from hf_tpp.calls.context import CallContext
+from hf_tpp.calls.evaluation import evaluation_call
+from hf_tpp.calls.training import training_call
 from hf_tpp.checkpoint.save import save_checkpoint
 from hf_tpp.collectives.agreement import agree_on, checksum
 from hf_tpp.gradients.norm import NormResidual, ParallelNorm
@@ -72,7 +74,8 @@ def install(model: nn.Module, state: ParallelState) -> None:
     state.calls.after_backward = functools.partial(_finish_backward, state, list(parameters))
     object.__setattr__(model, _ATTRIBUTE, state)
     if mesh.world_size > 1:
-        model.__class__ = _parallel_class(type(model))
+        plain: Any = type(model)
+        model.__class__ = _parallel_class(plain)
 
 
 def _finish_backward(state: ParallelState, parameters: list[nn.Parameter]) -> None:

@@ -57,8 +57,8 @@ class ModelParts:
             ) from error
         if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
             raise UnsupportedModelError(
-                f"{kind} has a {type(embedding).__name__} as input embedding and a {type(head).__name__} as head, where "
-                f"an nn.Embedding and an nn.Linear are needed: use an unmodified causal language model"
+                f"{kind} has a {type(embedding).__name__} as input embedding and a {type(head).__name__} as head, "
+                f"where an nn.Embedding and an nn.Linear are needed: use an unmodified causal language model"
             )
         blocks = _block_list(decoder, num_layers)
         if blocks is None or decoder is model:

@@ -40,7 +40,7 @@ def describe(
     return (
         f"hf_tpp: {kind} on {mesh.world_size} ranks ({mesh.device.type}{backend}): tensor parallel {mesh.tp.size} x "
         f"pipeline {mesh.pp.size} x data {mesh.dp.size}. Layers per stage: {', '.join(map(str, stages))}. "
-        f"{share:.1%} of the parameters on a rank are sharded over tensor-parallel ranks, the rest is replicated there. "
+        f"{share:.1%} of the parameters on a rank are sharded over tp, the rest is replicated there. "
         f"Parameters take {_mib(min(sizes))} to {_mib(max(sizes))} MiB per rank."
     )
 

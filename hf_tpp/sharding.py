@@ -11,7 +11,7 @@ import torch
 
 from hf_tpp.plan.layout import Layout, Segment
 
-__all__ = ["ShardSpec", "local_shape", "shard", "unshard"]
+__all__ = ["ShardSpec", "local_shape", "shard", "shard_tensor", "unshard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,15 @@ def shard(
     for segment in spec.segments:
         spec.narrow(local, segment).copy_(read(segment.start, segment.stop))
     return local
+
+
+def shard_tensor(full: torch.Tensor, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's shard of a full parameter that is in memory, in storage of its own."""
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return full if spec.dim is None else full.narrow(spec.dim, start, stop - start)
+
+    return shard(read, spec, device=device, dtype=dtype)
 
 
 def unshard(shards: Sequence[torch.Tensor], spec: ShardSpec) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_tpp.dropout import derive_seed
 from hf_tpp.parts import ModelParts
-from hf_tpp.sharding import ShardSpec, shard
+from hf_tpp.sharding import ShardSpec, shard_tensor
 
 __all__ = ["InitialWeights", "LoadedWeights", "WeightSource"]
 
@@ -27,15 +27,6 @@ class WeightSource(Protocol):
         """A buffer, whole."""
 
 
-def shard_of(full: torch.Tensor, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Cut a tensor that is in memory."""
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        return full if spec.dim is None else full.narrow(spec.dim, start, stop - start)
-
-    return shard(read, spec, device=device, dtype=dtype)
-
-
 class LoadedWeights:
     """The weights of a model that every rank has in memory."""
 
@@ -45,7 +36,7 @@ class LoadedWeights:
 
     def shard(self, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """This rank's shard of a parameter, in storage of its own; the full tensor is let go."""
-        return shard_of(self._tensors.pop(spec.name), spec, device, dtype)
+        return shard_tensor(self._tensors.pop(spec.name), spec, device, dtype)
 
     def buffer(self, name: str, device: torch.device) -> torch.Tensor:
         """A buffer, on `device`."""
@@ -55,7 +46,8 @@ class LoadedWeights:
 class InitialWeights:
     """The initial values that the model's own `_init_weights` draws, the same at every (tp, pp, dp).
 
-    One part (a block, an embedding, the head) at a time is built whole, initialised from a seed of its own, and cut.
+    One part (a block, an embedding, the head) at a time is built whole on the rank's device, initialised from a seed of
+    its own, and cut. GPUs and CPUs draw different numbers from one seed.
 
     Args:
         model: The model on the meta device, before anything is swapped.
@@ -72,24 +64,24 @@ class InitialWeights:
 
     def shard(self, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """This rank's shard of a freshly initialised parameter."""
-        self._build(spec.name)
-        return shard_of(self._skeleton.get_parameter(spec.name).detach(), spec, device, dtype)
+        self._build(spec.name, device)
+        return shard_tensor(self._skeleton.get_parameter(spec.name).detach(), spec, device, dtype)
 
     def buffer(self, name: str, device: torch.device) -> torch.Tensor:
         """A freshly computed buffer."""
-        self._build(name)
+        self._build(name, device)
         return self._skeleton.get_buffer(name).to(device)
 
     @torch.no_grad()
-    def _build(self, name: str) -> None:
+    def _build(self, name: str, device: torch.device) -> None:
         index, part = next((i, part) for i, part in enumerate(self._parts) if name.startswith(part + "."))
         if part == self._current:
             return
         if self._current:
             self._skeleton.get_submodule(self._current).to_empty(device="meta")
         module = self._skeleton.get_submodule(part)
-        module.to_empty(device="cpu")
-        with torch.random.fork_rng(devices=[]):
+        module.to_empty(device=device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self._seed, index))
             _initialize(self._skeleton, module)
         self._current = part

@@ -1,8 +1,8 @@
 """Collectives on one flat tensor, whose names differ between torch releases: the only place that knows.
 
-    torch                2.10 ... 2.12              2.13 ...
-    all_gather_flat      all_gather_into_tensor     all_gather_single
-    reduce_scatter_flat  reduce_scatter_tensor      reduce_scatter_single
+torch                2.10 ... 2.12              2.13 ...
+all_gather_flat      all_gather_into_tensor     all_gather_single
+reduce_scatter_flat  reduce_scatter_tensor      reduce_scatter_single
 """
 
 from collections.abc import Callable

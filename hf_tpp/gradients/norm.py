@@ -65,11 +65,12 @@ class ParallelNorm:
         if self._residual is None:
             return
         graded = [parameter for parameter in self._specs if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in graded if parameter.grad is not None]
         total = self._shared_power(graded, 2.0)
         dist.all_reduce(total, group=self._mesh.replica.group)
         # What torch's clipping will find here, formed in the same way.
         nothing = torch.zeros((), device=self._mesh.device, dtype=torch.float64)
-        local = get_total_norm([*(parameter.grad for parameter in graded), nothing])  # type: ignore[misc]
+        local = get_total_norm([*gradients, nothing])
         self._residual.grad = (total - local.double() ** 2).clamp_(min=0.0).sqrt().to(self._residual.dtype)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ def release_gradients(
     Returns:
         `loss` with a graph of one node.
     """
-    released: torch.Tensor = _Release.apply(loss, gradients, after_backward, *parameters)  # type: ignore[assignment]
+    released: torch.Tensor = _Release.apply(loss, gradients, after_backward, *parameters)
     return released
 
 

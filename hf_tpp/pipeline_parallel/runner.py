@@ -23,7 +23,10 @@ Message = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True, slots=True)
 class TimedAction:
-    """An action that ran: `start` and `end` in seconds on this process's clock."""
+    """An action that ran: `start` and `end` in seconds on this process's clock.
+
+    A forward or backward starts when its message is there; on a GPU these are the times of the host.
+    """
 
     action: Action
     start: float
@@ -135,6 +138,7 @@ class _Execution:
         self.graphs: dict[int, MicrobatchGraph] = {}
         self.to_send: dict[int, torch.Tensor] = {}
         self.outputs: list[Any] = []
+        self.started = 0.0
         self.loss = torch.zeros((), device=runner.mesh.device)
         self.gradients = KeptGradients(len(runner.stage.parameters))
 
@@ -151,10 +155,10 @@ class _Execution:
         }
         timeline = []
         for action in schedule:
-            start = time.perf_counter()
+            self.started = time.perf_counter()
             execute[action.kind](action.microbatch)
             if self.runner.record:
-                timeline.append(TimedAction(action, start, time.perf_counter()))
+                timeline.append(TimedAction(action, self.started, time.perf_counter()))
         self.links.drain()
         self.runner.timeline = timeline
 
@@ -170,7 +174,12 @@ class _Execution:
             return None
         if self.stage.flow.tuple_length is None:
             self.stage.flow.tuple_length = self.links.hear_previous()
-        return receipt.wait()
+        return self._wait(receipt)
+
+    def _wait(self, receipt: Receipt) -> torch.Tensor:
+        message = receipt.wait()
+        self.started = time.perf_counter()
+        return message
 
     def _tell_convention(self, is_first_time: bool) -> None:
         """The first forward of all shows what the blocks return; the stages behind must know before theirs."""
@@ -203,7 +212,7 @@ class _Execution:
 
     def _backward(self, index: int) -> None:
         receipt = self.gradients_in.pop(index, None)
-        gradient = None if receipt is None else receipt.wait()
+        gradient = None if receipt is None else self._wait(receipt)
         received = self.graphs[index].received
         to_stage_before, gradients = self.stage.backward(self.graphs.pop(index), gradient)
         self.gradients.add(gradients)

@@ -25,8 +25,11 @@ from hf_tpp.pipeline_parallel.cache import hold_length
 __all__ = ["StageComplete", "StageFlow", "hollow_out"]
 
 
-class StageComplete(BaseException):  # noqa: N818 - it is no error, and no `except Exception` of a model may eat it
-    """Raised by the first layer behind this stage: the forward of this stage is done."""
+class StageComplete(BaseException):
+    """Raised by the first layer behind this stage: the forward of this stage is done.
+
+    It is no error, and no `except Exception` in a model may swallow it.
+    """
 
 
 @dataclass(slots=True)
@@ -91,8 +94,8 @@ def _note_convention(flow: StageFlow) -> Callable[..., None]:
             unknown = [type(extra).__name__ for extra in output[1:] if not (extra is None or isinstance(extra, Cache))]
             if unknown:
                 raise UnsupportedModelError(
-                    f"{type(module).__name__} returns {', '.join(unknown)} beside the hidden states, which would be lost "
-                    f"between stages: use pp=1 for this model"
+                    f"{type(module).__name__} returns {', '.join(unknown)} beside the hidden states, which would be "
+                    f"lost between stages: use pp=1 for this model"
                 )
         flow.tuple_length = len(output) if isinstance(output, tuple) else 0
 

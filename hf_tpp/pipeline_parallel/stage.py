@@ -101,7 +101,7 @@ class Stage:
             return MicrobatchGraph(received, result.loss), result.loss.detach()
         check_message(result, *message)
         mailbox: list[torch.Tensor] = []
-        root: torch.Tensor = _Boundary.apply(result, mailbox)  # type: ignore[assignment]
+        root: torch.Tensor = _Boundary.apply(result, mailbox)
         return MicrobatchGraph(received, root, mailbox), result.detach()
 
     def backward(

@@ -108,6 +108,9 @@ def _deal(num_units: int, tp_rank: int, tp_size: int) -> tuple[int, int, int]:
     """Units [first, last) of `tp_rank` and the number of ranks that hold them.
 
     With fewer units than ranks every unit goes to tp_size / num_units neighbouring ranks.
+
+    Raises:
+        ConfigurationError: The ranks cannot share the units evenly.
     """
     if num_units >= tp_size:
         quotient, remainder = divmod(num_units, tp_size)

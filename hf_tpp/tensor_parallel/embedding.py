@@ -8,7 +8,7 @@ from torch import nn
 from hf_tpp.collectives.autograd import reduce_from_tensor_parallel
 from hf_tpp.errors import UnsupportedModelError
 from hf_tpp.plan.layout import Layout, padded_vocabulary
-from hf_tpp.sharding import ShardSpec, shard
+from hf_tpp.sharding import ShardSpec, shard_tensor
 
 __all__ = ["VocabParallelEmbedding"]
 
@@ -81,16 +81,11 @@ class VocabParallelEmbedding(nn.Module):
         if weight.device.type != "meta":
             spec = ShardSpec("weight", tuple(weight.shape), 0, local.layout, local.tp_rank, local.tp_size)
             with torch.no_grad():
-                rows = shard(
-                    lambda start, stop: weight.narrow(0, start, stop - start),
-                    spec,
-                    device=weight.device,
-                    dtype=weight.dtype,
-                )
-                local.weight.copy_(rows)
+                local.weight.copy_(shard_tensor(weight, spec, weight.device, weight.dtype))
         return local
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Look up token ids [...]; returns [..., embedding_dim], the same on every rank."""
         if self.group is None:
             return F.embedding(token_ids, self.weight, self.padding_idx)
         local_ids = token_ids - self.first_token
@@ -109,4 +104,5 @@ class VocabParallelEmbedding(nn.Module):
         return index if 0 <= index < self.num_tokens else None
 
     def extra_repr(self) -> str:
+        """Sizes for `repr`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, tp_rank={self.tp_rank}, tp_size={self.tp_size}"

@@ -20,7 +20,7 @@ from hf_tpp.collectives.autograd import (
 )
 from hf_tpp.errors import ConfigurationError
 from hf_tpp.plan.layout import Block, Layout
-from hf_tpp.sharding import ShardSpec, shard
+from hf_tpp.sharding import ShardSpec, shard_tensor
 from hf_tpp.tensor_parallel.region import RegionState
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "join_channels", "linear_sizes"]
@@ -79,13 +79,7 @@ class _ParallelLinear(nn.Module):
             cut = name == "weight" or outputs
             dim = None if not cut else self.weight_dim(outputs) if name == "weight" else 0
             spec = ShardSpec(name, tuple(full.shape), dim, self.layout if cut else None, self.tp_rank, self.tp_size)
-            local = shard(
-                lambda start, stop, full=full, dim=dim: full if dim is None else full.narrow(dim, start, stop - start),
-                spec,
-                device=full.device,
-                dtype=full.dtype,
-            )
-            parameter.copy_(local)
+            parameter.copy_(shard_tensor(full, spec, full.device, full.dtype))
 
     def extra_repr(self) -> str:
         return (
@@ -162,6 +156,7 @@ class ColumnParallelLinear(_ParallelLinear):
         return local
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., local_out_features], or [..., out_features] with `gather_output`."""
         if self.copy_input:
             x = copy_to_tensor_parallel(x, self.group)
         y = self._product(x, self.bias)
@@ -262,6 +257,7 @@ class RowParallelLinear(_ParallelLinear):
         return local
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., local_in_features] -> [..., out_features], summed over the group."""
         if not self.input_is_parallel:
             x = scatter_to_tensor_parallel(x, self.group)
         partial = self._product(x, None)

@@ -70,7 +70,8 @@ class _CrossEntropy(torch.autograd.Function):
         normalizer, target_logits = sums
         ctx.save_for_backward(exponentials, normalizer, index, is_here, is_kept)
         ctx.dtype = logits.dtype
-        return (normalizer.log() - target_logits).where(is_kept, 0.0)
+        losses: torch.Tensor = (normalizer.log() - target_logits).where(is_kept, 0.0)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
