@@ -10,7 +10,6 @@ dp=2, pp=2, tp=2      stage 0   stage 1
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist

@@ -77,18 +77,6 @@ class _CopyTo(torch.autograd.Function):
         return total, None
 
 
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.mark_dirty(x)
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
 class _ScatterTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
@@ -143,7 +131,12 @@ def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
 
     The sum is formed in place: `x` must not be used again, nor be saved for a backward pass.
     """
-    return x if _is_alone(group) else cast(Tensor, _ReduceFrom.apply(x.contiguous(), group))
+    if _is_alone(group):
+        return x
+    # The gradient is the identity, so autograd need not know: a node of our own would cost more than a small product.
+    x = x.contiguous()
+    dist.all_reduce(x.detach(), group=group)
+    return x
 
 
 def scatter_to_tensor_parallel(x: Tensor, group: Group, dim: int = -1) -> Tensor:
