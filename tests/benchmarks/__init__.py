@@ -1,0 +1,1 @@
+"""The benchmarks run, and hold their targets where a CPU can tell."""
