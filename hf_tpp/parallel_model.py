@@ -23,6 +23,7 @@ from hf_tpp.calls.training import training_call
 from hf_tpp.checkpoint.save import save_checkpoint
 from hf_tpp.collectives.agreement import agree_on, checksum
 from hf_tpp.gradients.norm import NormResidual, ParallelNorm
+from hf_tpp.gradients.optimizers import refuse_whole_tensor_optimizers
 from hf_tpp.gradients.synchronize import average_over_replicas
 from hf_tpp.mesh import ParallelMesh
 from hf_tpp.sharding import ShardSpec
@@ -72,6 +73,7 @@ def install(model: nn.Module, state: ParallelState) -> None:
     state.norm = ParallelNorm(parameters, mesh, residual)
     state.calls.residual = residual
     state.calls.after_backward = functools.partial(_finish_backward, state, list(parameters))
+    refuse_whole_tensor_optimizers(parameter for parameter, spec in parameters.items() if spec.dim is not None)
     object.__setattr__(model, _ATTRIBUTE, state)
     if mesh.world_size > 1:
         plain: Any = type(model)
