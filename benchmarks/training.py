@@ -192,9 +192,10 @@ def print_table(results: list[dict[str, Any]]) -> None:
         plain = next(r for r in results if r["model"] == result["model"] and r["contestant"] == PLAIN)
         peaks = "/".join(f"{peak / 2**30:.1f}" for peak in result["peak_bytes_per_rank"])
         losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:3] + result["losses"][-1:])
+        seconds = result["step_seconds"]
         print(
-            f"{result['model']:6} {result['contestant']:34} {result['step_seconds'] * 1e3:8.1f} "
-            f"{result['tokens_per_second']:9.0f} {plain['step_seconds'] / result['step_seconds']:8.2f} {peaks:>12}  {losses}"
+            f"{result['model']:6} {result['contestant']:34} {seconds * 1e3:8.1f} {result['tokens_per_second']:9.0f} "
+            f"{plain['step_seconds'] / seconds:8.2f} {peaks:>12}  {losses}"
         )
 
 

@@ -50,7 +50,7 @@ class DropoutStreams:
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 sources.append((module, "p"))
             sources += [
-                (module, name) for name, value in vars(module).items() if "drop" in name and isinstance(value, float)
+                (module, name) for name, value in vars(module).items() if "drop" in name and type(value) in (int, float)
             ]
         return cls(device, tp_rank, sources)
 

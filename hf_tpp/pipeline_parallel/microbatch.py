@@ -42,15 +42,17 @@ def split_batch(batch: Mapping[str, Any], num_microbatches: int) -> list[dict[st
     """Cut every tensor of a batch along its rows.
 
     Args:
-        batch: Keyword arguments of the model. Tensors whose first dimension is the number of rows are cut; everything
-            else goes to every microbatch. A list of tensors is taken as one tensor per microbatch.
+        batch: Keyword arguments of the model. Tensors of two or more dimensions whose first is the number of rows are
+            cut; single numbers, and tensors whose first dimension is 1, go to every microbatch. A list of tensors is
+            taken as one tensor per microbatch.
         num_microbatches: Wanted number; fewer if there are fewer rows.
 
     Returns:
         One dict of keyword arguments per microbatch, none of them empty.
 
     Raises:
-        BatchError: No tokens, no rows, or lists of different lengths.
+        BatchError: No tokens, no rows, lists of different lengths, or a tensor of which it is not known how its rows
+            belong to the batch's.
     """
     tokens = _tokens(batch)
     if isinstance(tokens, list | tuple):
@@ -59,11 +61,22 @@ def split_batch(batch: Mapping[str, Any], num_microbatches: int) -> list[dict[st
     count = min(num_microbatches, rows)
     microbatches: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in batch.items():
-        is_cut = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows and rows > 1
+        is_cut = count > 1 and isinstance(value, torch.Tensor) and _has_rows(name, value, rows)
         pieces: Sequence[Any] = value.tensor_split(count) if is_cut else [value] * count
         for microbatch, piece in zip(microbatches, pieces, strict=True):
             microbatch[name] = piece
     return microbatches
+
+
+def _has_rows(name: str, tensor: torch.Tensor, rows: int) -> bool:
+    if tensor.numel() == 1 or (tensor.dim() > 1 and tensor.shape[0] == 1):
+        return False
+    if tensor.dim() == 1 or tensor.shape[0] != rows:
+        raise BatchError(
+            f"{name} has the shape {list(tensor.shape)}, which cannot be cut into microbatches like the {rows} rows of "
+            f"tokens: leave it out, or use num_microbatches=1"
+        )
+    return True
 
 
 def _explicit_microbatches(batch: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

@@ -42,11 +42,19 @@ def test_only_rows_are_cut():
         "num_items_in_batch": torch.tensor(7),
         "use_cache": False,
         "past_key_values": None,
-        "scale": torch.ones(3),
     }
     for microbatch in split_batch(batch_of(2) | shared, 2):
         assert all(microbatch[name] is value for name, value in shared.items())
         assert microbatch["labels"].shape == (1, 4)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2,), (3, 2, 4)])
+def test_a_tensor_whose_rows_are_unclear_is_refused(shape):
+    batch = batch_of(2) | {"cache_position": torch.zeros(shape)}
+    with pytest.raises(BatchError, match=r"cache_position has the shape \[[0-9, ]+\], which cannot be cut"):
+        split_batch(batch, 2)
+    (whole,) = split_batch(batch, 1)  # the fix that the message names
+    assert whole["cache_position"] is batch["cache_position"]
 
 
 def test_one_row_stays_whole():
