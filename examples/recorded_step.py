@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from hf_tpp.parallel_model import ParallelState
-from hf_tpp.pipeline_parallel.schedule import Action, Kind, one_f_one_b
+from hf_tpp.pipeline_parallel.schedule import Action, one_f_one_b
 from hf_tpp.pipeline_parallel.simulator import Event, Simulation, simulate
 from hf_tpp.pipeline_parallel.timeline import timeline_svg, timeline_text
 
@@ -28,7 +28,7 @@ def gather_timelines(state: ParallelState) -> Timelines:
 
 def draw(timelines: Timelines, num_microbatches: int, folder: Path) -> None:
     """Print the step that ran; write it to timeline.svg, and 1F1B on paper to schedule.svg."""
-    ran = _without_waiting(timelines)
+    ran = _computes(timelines)
     ideal = simulate([one_f_one_b(stage, len(timelines), num_microbatches) for stage in range(len(timelines))])
     (folder / "timeline.svg").write_text(timeline_svg(ran, "One training step as it ran", unit="ms"))
     (folder / "schedule.svg").write_text(timeline_svg(ideal, "1F1B on paper"))
@@ -43,18 +43,12 @@ def draw(timelines: Timelines, num_microbatches: int, folder: Path) -> None:
     print("\n".join(rest))
 
 
-def _without_waiting(timelines: Timelines) -> Simulation:
-    """The computes in milliseconds. An action's time includes the wait for its message, which is idle time here.
-
-    All processes of one machine read the same clock, so a message cannot be there before its sender has computed it.
-    """
-    ends = {(stage, name): end for stage, timeline in enumerate(timelines) for name, _, end in timeline}
-    events = []
-    for stage, timeline in enumerate(timelines):
-        for name, start, end in timeline:
-            action = Action.parse(name)
-            if action.kind.is_compute:
-                sender = stage - 1 if action.kind is Kind.FORWARD else stage + 1
-                ready = max(start, ends.get((sender, name), start))
-                events.append(Event(stage, action, 1e3 * ready, 1e3 * end))
+def _computes(timelines: Timelines) -> Simulation:
+    """The forwards and backwards of all stages, in milliseconds; processes of one machine read the same clock."""
+    events = [
+        Event(stage, action, 1e3 * start, 1e3 * end)
+        for stage, timeline in enumerate(timelines)
+        for action, start, end in ((Action.parse(name), start, end) for name, start, end in timeline)
+        if action.kind.is_compute
+    ]
     return Simulation.from_events(events, len(timelines))

@@ -304,6 +304,16 @@ def position_ids_of_one_row(model: nn.Module, batch: Batch) -> torch.Tensor:
     return loss
 
 
+def packed_texts(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Two texts in a row, which transformers tells apart by position ids that start again."""
+    position_ids = torch.cat([torch.arange(5), torch.arange(7)]).expand(len(batch["labels"]), -1)
+    labels = batch["input_ids"].clone()
+    labels[:, 5] = -100
+    loss = model(input_ids=batch["input_ids"], position_ids=position_ids, labels=labels).loss
+    loss.backward()
+    return loss
+
+
 def inputs_embeds(model: nn.Module, batch: Batch) -> torch.Tensor:
     generator = torch.Generator().manual_seed(4)
     embeds = torch.randn(*batch["input_ids"].shape, model.config.hidden_size, generator=generator)
@@ -381,6 +391,8 @@ CALLS = [
     *(Call("position_ids", model, tp=2, pp=2) for model in ("gpt2", "gpt_neox", "llama_gqa")),
     *(Call("position_ids_of_one_row", model, pp=2) for model in ("gpt2", "llama_gqa")),
     Call("position_ids", "gpt2", pp=2, rows=12),
+    *(Call("packed_texts", "llama_gqa", **sizes) for sizes in ({"tp": 2}, {"pp": 2})),
+    Call("packed_texts", "mistral", tp=2, options={"sequence_parallel": True}),
     *(Call("inputs_embeds", model, tp=2) for model in ("gpt2", "llama_gqa")),
     *(Call("inputs_embeds", model, pp=2) for model in ("gpt2", "llama_gqa", "llama_tied")),
     *(Call("autocast", model, tp=2, tolerance=4e-2) for model in ("gpt2", "llama_gqa")),
