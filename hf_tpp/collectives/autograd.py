@@ -99,12 +99,7 @@ class _GatherFrom(torch.autograd.Function):
         return _own_slice(gradients[0], ctx.dim, ctx.group), None, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
-
+class _GatherSequence(_GatherFrom):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return _reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None

@@ -6,6 +6,8 @@
 Source: Shoeybi et al. 2019, "Megatron-LM".
 """
 
+from typing import Any, ClassVar, Self
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -46,6 +48,7 @@ class _ParallelLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    cuts_outputs: ClassVar[bool]
 
     def __init__(self, in_features: int, out_features: int, group: Group, layout: Layout, transposed: bool) -> None:
         super().__init__()
@@ -67,18 +70,54 @@ class _ParallelLinear(nn.Module):
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self.weight.t() if self.transposed else self.weight, bias)
 
-    def weight_dim(self, outputs: bool) -> int:
-        """The dimension of `weight` that holds the output (or input) channels."""
-        return int(outputs == self.transposed)
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        group: Group,
+        layout: Layout | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """This rank's part of a full `nn.Linear` or `Conv1D`; every rank passes the same weights.
+
+        Args:
+            linear: The full layer.
+            group: The tensor-parallel group; None for a group of one.
+            layout: How the cut channels are laid out; default: one run.
+            device: "meta" to leave the weights to be filled later; default: that of `linear`, with its weights.
+            **options: Of the constructor.
+
+        Returns:
+            The layer that holds this rank's shard.
+        """
+        in_features, out_features, transposed = linear_sizes(linear)
+        weight: torch.Tensor = linear.weight  # type: ignore[assignment]
+        create: Any = cls
+        local: Self = create(
+            in_features,
+            out_features,
+            linear.bias is not None,
+            group=group,
+            layout=layout,
+            transposed=transposed,
+            device=device or weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+        if local.weight.device.type != "meta":
+            local._load(linear)
+        return local
 
     @torch.no_grad()
-    def _load(self, source: nn.Module, outputs: bool) -> None:
+    def _load(self, source: nn.Module) -> None:
         """Copy this rank's part of a full linear's parameters."""
         for name, parameter in self.named_parameters():
             full: torch.Tensor = getattr(source, name)
-            cut = name == "weight" or outputs
-            dim = None if not cut else self.weight_dim(outputs) if name == "weight" else 0
-            spec = ShardSpec(name, tuple(full.shape), dim, self.layout if cut else None, self.tp_rank, self.tp_size)
+            is_cut = name == "weight" or self.cuts_outputs
+            dim = None if not is_cut else int(self.cuts_outputs == self.transposed) if name == "weight" else 0
+            spec = ShardSpec(name, tuple(full.shape), dim, self.layout if is_cut else None, self.tp_rank, self.tp_size)
             parameter.copy_(shard_tensor(full, spec, full.device, full.dtype))
 
     def extra_repr(self) -> str:
@@ -108,6 +147,8 @@ class ColumnParallelLinear(_ParallelLinear):
         input [..., in_features]; output [..., local_out_features], or [..., out_features] with `gather_output`.
     """
 
+    cuts_outputs = True
+
     def __init__(
         self,
         in_features: int,
@@ -133,27 +174,6 @@ class ColumnParallelLinear(_ParallelLinear):
         self.copy_input = copy_input
         self.local_out_features = layout.local_size(self.tp_rank, self.tp_size)
         self._create(in_features, self.local_out_features, self.local_out_features, bias, device=device, dtype=dtype)
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Module, *, group: Group, layout: Layout | None = None, gather_output: bool = False
-    ) -> "ColumnParallelLinear":
-        """This rank's part of a full `nn.Linear` or `Conv1D`; every rank passes the same weights."""
-        in_features, out_features, transposed = linear_sizes(linear)
-        weight: torch.Tensor = linear.weight  # type: ignore[assignment]
-        local = cls(
-            in_features,
-            out_features,
-            linear.bias is not None,
-            group=group,
-            layout=layout,
-            gather_output=gather_output,
-            transposed=transposed,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        local._load(linear, outputs=True)
-        return local
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., local_out_features], or [..., out_features] with `gather_output`."""
@@ -209,6 +229,8 @@ class RowParallelLinear(_ParallelLinear):
         [batch, seq / tp, out_features].
     """
 
+    cuts_outputs = False
+
     def __init__(
         self,
         in_features: int,
@@ -234,27 +256,6 @@ class RowParallelLinear(_ParallelLinear):
         self.region = region
         self.local_in_features = layout.local_size(self.tp_rank, self.tp_size)
         self._create(self.local_in_features, out_features, out_features, bias, device=device, dtype=dtype)
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Module, *, group: Group, layout: Layout | None = None, input_is_parallel: bool = True
-    ) -> "RowParallelLinear":
-        """This rank's part of a full `nn.Linear` or `Conv1D`; every rank passes the same weights."""
-        in_features, out_features, transposed = linear_sizes(linear)
-        weight: torch.Tensor = linear.weight  # type: ignore[assignment]
-        local = cls(
-            in_features,
-            out_features,
-            linear.bias is not None,
-            group=group,
-            layout=layout,
-            input_is_parallel=input_is_parallel,
-            transposed=transposed,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        local._load(linear, outputs=False)
-        return local
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., local_in_features] -> [..., out_features], summed over the group."""

@@ -118,7 +118,8 @@ def apply_rewrite(
         if name.startswith(local):
             _rewrite_region(model.get_submodule(name), rule, tp, state)
     head = model.get_submodule(parts.head)
-    _swap(model, parts.head, _column(head, plan.vocabulary, tp, copy_input=True))
+    parallel_head = ColumnParallelLinear.from_linear(head, group=tp.group, layout=plan.vocabulary, device="meta")
+    _swap(model, parts.head, parallel_head)
     embedding = model.get_submodule(parts.embedding)
     with torch.device("meta"):
         _swap(
@@ -137,43 +138,17 @@ def apply_rewrite(
 
 def _rewrite_region(parent: nn.Module, rule: RegionRule, tp: Axis, state: RegionState) -> None:
     for child, layout in rule.columns.items():
-        setattr(parent, child, _column(parent.get_submodule(child), layout, tp, copy_input=False))
-    row = parent.get_submodule(rule.region.row)
-    in_features, out_features, transposed = linear_sizes(row)
-    weight: torch.Tensor = row.weight  # type: ignore[assignment]
-    parallel_row = RowParallelLinear(
-        in_features,
-        out_features,
-        row.bias is not None,
-        group=tp.group,
-        layout=rule.row,
-        region=state,
-        transposed=transposed,
-        device="meta",
-        dtype=weight.dtype,
-    )
-    setattr(parent, rule.region.row, parallel_row)
+        full = parent.get_submodule(child)
+        local = ColumnParallelLinear.from_linear(full, group=tp.group, layout=layout, copy_input=False, device="meta")
+        setattr(parent, child, local)
+    full = parent.get_submodule(rule.region.row)
+    row = RowParallelLinear.from_linear(full, group=tp.group, layout=rule.row, region=state, device="meta")
+    setattr(parent, rule.region.row, row)
     for attribute in rule.region.divide:
         setattr(parent, attribute, getattr(parent, attribute) // tp.size)
     for attribute, value in rule.attributes.items():
         setattr(parent, attribute, value)
     install_region_entry(parent, state)
-
-
-def _column(linear: nn.Module, layout: Layout, tp: Axis, *, copy_input: bool) -> ColumnParallelLinear:
-    in_features, out_features, transposed = linear_sizes(linear)
-    weight: torch.Tensor = linear.weight  # type: ignore[assignment]
-    return ColumnParallelLinear(
-        in_features,
-        out_features,
-        linear.bias is not None,
-        group=tp.group,
-        layout=layout,
-        copy_input=copy_input,
-        transposed=transposed,
-        device="meta",
-        dtype=weight.dtype,
-    )
 
 
 def _swap(model: nn.Module, name: str, module: nn.Module) -> None:

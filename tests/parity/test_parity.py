@@ -309,7 +309,7 @@ def packed_texts(model: nn.Module, batch: Batch) -> torch.Tensor:
     position_ids = torch.cat([torch.arange(5), torch.arange(7)]).expand(len(batch["labels"]), -1)
     labels = batch["input_ids"].clone()
     labels[:, 5] = -100
-    loss = model(input_ids=batch["input_ids"], position_ids=position_ids, labels=labels).loss
+    loss = model(input_ids=batch["input_ids"], position_ids=position_ids, labels=labels, use_cache=False).loss
     loss.backward()
     return loss
 
