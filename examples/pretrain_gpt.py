@@ -27,7 +27,7 @@ from training_run import Run
 from transformers import AutoModelForCausalLM
 
 from hf_tpp import from_pretrained, parallelize
-from hf_tpp.checkpoint.folders import latest_checkpoint
+from hf_tpp.checkpoint.training import latest_checkpoint
 from hf_tpp.errors import HfTppError
 
 

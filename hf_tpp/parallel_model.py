@@ -20,7 +20,7 @@ from torch import nn
 from hf_tpp.calls.context import CallContext
 from hf_tpp.calls.evaluation import evaluation_call
 from hf_tpp.calls.training import training_call
-from hf_tpp.checkpoint.save import save_checkpoint
+from hf_tpp.checkpoint.huggingface import save_checkpoint
 from hf_tpp.collectives.agreement import agree_on, checksum
 from hf_tpp.gradients.norm import NormResidual, ParallelNorm
 from hf_tpp.gradients.optimizers import refuse_whole_tensor_optimizers

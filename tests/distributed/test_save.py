@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from hf_tpp.checkpoint.save import save_checkpoint
+from hf_tpp.checkpoint.huggingface import save_checkpoint
 from hf_tpp.errors import CheckpointError, ConfigurationError
 from hf_tpp.mesh import Axis, ParallelMesh
 from hf_tpp.plan.layout import Block, Layout, padded_vocabulary
@@ -184,7 +184,9 @@ def test_a_rank_that_cannot_write_makes_all_raise_and_leaves_the_folder_alone(tm
 
 
 def save_with_a_failing_gatherer(folder):
-    with mock.patch("hf_tpp.checkpoint.save.write_weights", side_effect=[None, OSError("broken disk"), None]):
+    with mock.patch(
+        "hf_tpp.checkpoint.huggingface.saving.write_weights", side_effect=[None, OSError("broken disk"), None]
+    ):
         save(2, 1, folder, {"max_shard_size": 300})
 
 

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from hf_tpp.checkpoint import training
-from hf_tpp.checkpoint.folders import latest_checkpoint
-from hf_tpp.checkpoint.training import load_training_state, save_training_state
+from hf_tpp.checkpoint.training import latest_checkpoint, load_training_state, save_training_state
+from hf_tpp.checkpoint.training import state as training
 from hf_tpp.errors import CheckpointError
 from hf_tpp.mesh import ParallelMesh
 from hf_tpp.plan.layout import Block, Layout, padded_vocabulary

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_tpp.checkpoint.conversion import refuse_converted
-from hf_tpp.checkpoint.files import INDEX_NAME, WEIGHTS_NAME
 from hf_tpp.checkpoint.huggingface import SafetensorsCheckpoint, resolve_checkpoint
+from hf_tpp.checkpoint.huggingface.conversion import refuse_converted
+from hf_tpp.checkpoint.huggingface.files import INDEX_NAME, WEIGHTS_NAME
 from hf_tpp.errors import CheckpointError, UnsupportedModelError
 from hf_tpp.plan.layout import Block, Layout, padded_vocabulary
 from hf_tpp.sharding import ShardSpec, unshard
@@ -89,8 +89,8 @@ def test_padding_is_zero_and_whole_tensors_and_scalars_are_read(folder, tensors)
 
 
 def test_tensors_larger_than_a_band_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_tpp.checkpoint.reader._BAND", 100)
-    monkeypatch.setattr("hf_tpp.checkpoint.reader.MAX_TOUCHED", 250)
+    monkeypatch.setattr("hf_tpp.checkpoint.huggingface.reader._BAND", 100)
+    monkeypatch.setattr("hf_tpp.checkpoint.huggingface.reader.MAX_TOUCHED", 250)
     whole = torch.randn(23, 6)
     save_file({"w": whole}, tmp_path / WEIGHTS_NAME)
     source = SafetensorsCheckpoint(tmp_path)

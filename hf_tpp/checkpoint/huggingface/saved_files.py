@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from hf_tpp.checkpoint.files import INDEX_NAME, WEIGHTS_NAME
+from hf_tpp.checkpoint.huggingface.files import INDEX_NAME, WEIGHTS_NAME
 from hf_tpp.errors import CheckpointError, ConfigurationError
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from hf_tpp.checkpoint.files import StoredTensor
+from hf_tpp.checkpoint.huggingface.files import StoredTensor
 
 __all__ = ["MAX_TOUCHED", "SliceReader"]
 

@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from hf_tpp.checkpoint.entries import collect_tensors, saved_keys
-from hf_tpp.checkpoint.folders import prepare, publish, temporary_folder
-from hf_tpp.checkpoint.parameter_groups import check_groups, merge_groups, optimized, read_groups, set_options
-from hf_tpp.checkpoint.random_state import get_random_state, layout_of, saved_by, set_random_state
-from hf_tpp.checkpoint.sharded_state import Sharded, ShardedLoadPlanner, ShardedSavePlanner, plain_object
+from hf_tpp.checkpoint.training.entries import collect_tensors, saved_keys
+from hf_tpp.checkpoint.training.folders import prepare, publish, temporary_folder
+from hf_tpp.checkpoint.training.parameter_groups import check_groups, merge_groups, optimized, read_groups, set_options
+from hf_tpp.checkpoint.training.random_state import get_random_state, layout_of, saved_by, set_random_state
+from hf_tpp.checkpoint.training.sharded_state import Sharded, ShardedLoadPlanner, ShardedSavePlanner, plain_object
 from hf_tpp.collectives.agreement import agree_on
 from hf_tpp.errors import CheckpointError
 from hf_tpp.mesh import ParallelMesh

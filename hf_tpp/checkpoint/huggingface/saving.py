@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_tpp.checkpoint.buffers import persistent_buffers
-from hf_tpp.checkpoint.conversion import saved_names
-from hf_tpp.checkpoint.gather import HeldTensor, gather_shards
-from hf_tpp.checkpoint.saved_files import (
+from hf_tpp.checkpoint.huggingface.buffers import persistent_buffers
+from hf_tpp.checkpoint.huggingface.conversion import saved_names
+from hf_tpp.checkpoint.huggingface.gather import HeldTensor, gather_shards
+from hf_tpp.checkpoint.huggingface.saved_files import (
     STAGING,
     SavedFile,
     check_space,

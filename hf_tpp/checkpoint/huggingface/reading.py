@@ -13,10 +13,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
-from hf_tpp.checkpoint.buffers import computed_buffer, persistent_buffers
-from hf_tpp.checkpoint.conversion import KeyRenaming, ignored_keys, refuse_converted
-from hf_tpp.checkpoint.files import StoredTensor, list_tensors
-from hf_tpp.checkpoint.reader import SliceReader
+from hf_tpp.checkpoint.huggingface.buffers import computed_buffer, persistent_buffers
+from hf_tpp.checkpoint.huggingface.conversion import KeyRenaming, ignored_keys, refuse_converted
+from hf_tpp.checkpoint.huggingface.files import StoredTensor, list_tensors
+from hf_tpp.checkpoint.huggingface.reader import SliceReader
 from hf_tpp.errors import CheckpointError
 from hf_tpp.sharding import ShardSpec, local_shape
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hf_tpp.checkpoint.parameter_groups import optimized
-from hf_tpp.checkpoint.sharded_state import Sharded, plain_object
+from hf_tpp.checkpoint.training.parameter_groups import optimized
+from hf_tpp.checkpoint.training.sharded_state import Sharded, plain_object
 from hf_tpp.errors import CheckpointError
 from hf_tpp.sharding import ShardSpec, local_shape
 
