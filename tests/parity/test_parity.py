@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "pp4": {"pp": 4},
 }
 ATTENTIONS = ("sdpa", "eager")
-CHUNK = 12
+CHUNK = 6
 """Cases that share one set of ranks."""
 
 
