@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo sweep clean
+.PHONY: help test lint demo slow sweep support clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-tpp needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON, as in: make test PYTHON=python3.11")'
@@ -36,8 +36,16 @@ lint: $(STAMP) ## ruff, ruff format, mypy and the import contracts
 demo: $(STAMP) ## run examples/demo.py
 	$(BIN)/python examples/demo.py
 
-sweep: $(STAMP) ## the long tests that `make test` leaves out
+slow: $(STAMP) ## the long tests that `make test` leaves out
 	$(BIN)/python -m pytest -m slow
+
+sweep: $(STAMP) ## check every causal language model of transformers, then write docs/support.md
+	$(BIN)/python -m hf_tpp.check.sweep; status=$$?; $(MAKE) support && exit $$status
+
+SUPPORT ?= docs/support/transformers-5.23.0.json
+support: $(STAMP) ## write docs/support.md and docs/support/versions.md from the results of `make sweep`
+	$(BIN)/python -m hf_tpp.check.support_table $(SUPPORT) > docs/support.md
+	$(BIN)/python -m hf_tpp.check.versions_table $(SUPPORT) docs/support/*.json > docs/support/versions.md
 
 clean: ## remove the virtual environment, the caches and what the demo wrote
 	rm -rf $(VENV) build dist out demo_out *.egg-info

@@ -1,241 +1,89 @@
-"""Training speed and memory: one process in plain transformers against tensor and pipeline parallelism.
+"""Training speed and memory: plain transformers, hf_tpp and other libraries side by side.
 
-    python benchmarks/training.py                               two GPUs, 24 layers, hidden 2048, sequence 2048
-    python benchmarks/training.py --device cpu --tiny           the same program in miniature, on gloo
+    python benchmarks/training.py                                  two GPUs, 24 layers, hidden 2048, sequence 2048
+    python benchmarks/training.py --model llama --only tensor      contestants whose name begins with "tensor"
+    python benchmarks/training.py --microbatches 32 --steps 2 --warmup 1 --total-limit 115
+    python benchmarks/training.py --device cpu --tiny              the same program in miniature, on gloo
 
-Every contestant trains the same weights on the same tokens with the same optimizer in a process group of its own; the
-losses of its first steps are part of the result, to show that the work is the same. Times are medians of whole
-synchronised steps. The raw numbers go to a JSON file, a table is printed last.
+Every contestant trains the same weights on the same tokens with the same optimizer in processes of its own, for a
+limited time; the losses of its steps are part of the result, to show that the work is the same. Times are medians of
+whole synchronised steps. Each result is printed and written as it comes; the table and the picture are last.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import socket
-import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-import transformers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-import hf_tpp
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "conversion")]  # a script's own folder is on the path, the project's is not
 
-RESULTS = Path(__file__).parent / "results"
-PLAIN = "one process, plain transformers"
-CONTESTANTS = {
-    PLAIN: {"tp": 1, "pp": 1},
-    "tensor parallel 2": {"tp": 2, "pp": 1},
-    "tensor + sequence parallel 2": {"tp": 2, "pp": 1, "sequence_parallel": True},
-    "pipeline parallel 2": {"tp": 1, "pp": 2},
-}
+from benchmarks.contestants import CONTESTANTS, load  # noqa: E402
+from benchmarks.launching import launch  # noqa: E402
+from benchmarks.picture import draw  # noqa: E402
+from benchmarks.recording import Record, line_of  # noqa: E402
+from benchmarks.workload import FAMILIES, TINY, Workload  # noqa: E402
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What is trained."""
-
-    num_layers: int = 24
-    hidden_size: int = 2048
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    mlp_size: int = 5632
-    vocab_size: int = 32000
-    gpt2_vocab_size: int = 50257
-    seq_length: int = 2048
-    micro_batch: int = 4
-    num_microbatches: int = 8
-    warmup: int = 3
-    steps: int = 5
-
-
-TINY = Sizes(2, 32, 4, 2, 64, 131, 131, 16, 2, 2, 1, 2)
+def arguments_of() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="a model of four small layers")
+    parser.add_argument("--model", choices=FAMILIES, help="only this family")
+    parser.add_argument("--vocab", type=int, help="entries of the vocabulary; default: the family's own")
+    parser.add_argument("--microbatches", type=int, help="of one step")
+    parser.add_argument("--only", nargs="+", default=[""], help="contestants whose names begin with one of these")
+    parser.add_argument("--warmup", type=int, default=3, help="steps that are not timed")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser.add_argument("--meta", action="store_true", help="hf_tpp alone: it initialises the model shard by shard")
+    parser.add_argument("--compile-backend", default="inductor", help="of contestants that compile")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one contestant")
+    parser.add_argument("--total-limit", type=float, default=float("inf"), help="seconds for all of them")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    return parser.parse_args()
 
 
-def build(model: str, sizes: Sizes, dtype: torch.dtype) -> torch.nn.Module:
-    """The model on the meta device."""
-    config: Any
-    if model == "llama":
-        config = LlamaConfig(
-            hidden_size=sizes.hidden_size,
-            intermediate_size=sizes.mlp_size,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_heads,
-            num_key_value_heads=sizes.num_kv_heads,
-            vocab_size=sizes.vocab_size,
-            max_position_embeddings=sizes.seq_length,
-        )
-    else:
-        config = GPT2Config(
-            n_embd=sizes.hidden_size,
-            n_layer=sizes.num_layers,
-            n_head=sizes.num_heads,
-            vocab_size=sizes.gpt2_vocab_size,
-            n_positions=sizes.seq_length,
-            attn_pdrop=0.0,
-            embd_pdrop=0.0,
-            resid_pdrop=0.0,
-        )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+def workloads(arguments: argparse.Namespace) -> list[Workload]:
+    """What is trained, one for each family."""
+    sizes = Workload(**TINY) if arguments.tiny else Workload()
+    chosen = {"vocab_size": arguments.vocab, "num_microbatches": arguments.microbatches}
+    sizes = replace(sizes, **{name: value for name, value in chosen.items() if value is not None})
+    return [replace(sizes, family=family) for family in ([arguments.model] if arguments.model else FAMILIES)]
 
 
-def step_plain(model: torch.nn.Module, tokens: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-    """One global batch in one process: a loop over microbatches."""
-    total = torch.zeros((), device=tokens.device)
-    for rows in tokens.split(sizes.micro_batch):
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss / sizes.num_microbatches
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-def step_parallel(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """One global batch in parallel: one call."""
-    loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
-    return loss.detach()
-
-
-def measure(model_name: str, contestant: str, sizes: Sizes, device: str) -> dict[str, Any]:
-    """Train one contestant in this process (a rank of its group)."""
-    options = CONTESTANTS[contestant]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = hf_tpp.parallelize(
-        build(model_name, sizes, dtype), num_microbatches=sizes.num_microbatches, device=None, **options
-    ).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
-    place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-    generator = torch.Generator().manual_seed(0)
-    rows = sizes.micro_batch * sizes.num_microbatches
-    tokens = torch.randint(0, sizes.vocab_size, (rows, sizes.seq_length), generator=generator).to(place)
-    alone = options["tp"] * options["pp"] == 1
-    losses, times = [], []
-    for _ in range(sizes.warmup + sizes.steps):
-        synchronize(device)
-        start = time.perf_counter()
-        loss = step_plain(model, tokens, sizes) if alone else step_parallel(model, tokens)
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-        losses.append(float(loss))
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    peaks = [peak]
-    if dist.is_initialized():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, peak)
-        peaks = gathered
-        dist.destroy_process_group()
-    step_seconds = statistics.median(times[sizes.warmup :])
-    return {
-        "model": model_name,
-        "contestant": contestant,
-        "step_seconds": step_seconds,
-        "all_step_seconds": times,
-        "tokens_per_second": tokens.numel() / step_seconds,
-        "peak_bytes_per_rank": peaks,
-        "losses": losses,
-    }
-
-
-def synchronize(device: str) -> None:
-    """Wait for the device, and for the other ranks."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def launch(model: str, contestant: str, arguments: argparse.Namespace, output: Path) -> dict[str, Any] | None:
-    """Run one contestant in processes of its own."""
-    options = CONTESTANTS[contestant]
-    world_size = options["tp"] * options["pp"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1" if arguments.device == "cpu" else "8"}
-    command = [sys.executable, "-u", __file__, "--rank-of", contestant, "--model", model, "--output", str(output)]
-    command += ["--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(command, env={**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(world_size)
-    ]
-    deadline = time.monotonic() + arguments.limit
+def world_size_of(name: str) -> int:
+    """Processes of a contestant; those that cannot be imported here fail in a single one, and say why."""
     try:
-        codes = [rank.wait(timeout=max(1.0, deadline - time.monotonic())) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        codes = [1]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return json.loads(output.read_text()) if not any(codes) else None
-
-
-def print_table(results: list[dict[str, Any]]) -> None:
-    """One row a contestant; ratios against the plain model of the same family."""
-    print(f"{'model':6} {'contestant':34} {'step ms':>8} {'tokens/s':>9} {'x plain':>8} {'peak GiB':>12}  losses")
-    for result in results:
-        plain = next(r for r in results if r["model"] == result["model"] and r["contestant"] == PLAIN)
-        peaks = "/".join(f"{peak / 2**30:.1f}" for peak in result["peak_bytes_per_rank"])
-        losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:3] + result["losses"][-1:])
-        seconds = result["step_seconds"]
-        print(
-            f"{result['model']:6} {result['contestant']:34} {seconds * 1e3:8.1f} {result['tokens_per_second']:9.0f} "
-            f"{plain['step_seconds'] / seconds:8.2f} {peaks:>12}  {losses}"
-        )
+        return load(name).world_size
+    except ImportError:
+        return 1
 
 
 def main() -> None:
-    """Start every contestant, or be a rank of one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="a model of two small layers")
-    parser.add_argument("--model", choices=["llama", "gpt2"], help="only this family")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds for one contestant")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
-    parser.add_argument("--rank-of", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    sizes = TINY if arguments.tiny else Sizes()
-    if arguments.rank_of:
-        result = measure(arguments.model, arguments.rank_of, sizes, arguments.device)
-        if os.environ["RANK"] == "0":
-            arguments.output.write_text(json.dumps(result))
-        return
-    RESULTS.mkdir(exist_ok=True)
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    output = arguments.output or RESULTS / f"training-{arguments.device}-{today}.json"
-    results = []
-    for model in [arguments.model] if arguments.model else ["llama", "gpt2"]:
-        for contestant in CONTESTANTS:
-            result = launch(model, contestant, arguments, output.with_suffix(".part"))
-            if result is None:
-                print(f"{model}: {contestant} failed", file=sys.stderr)
-                continue
-            results.append(result)
-            record = {
-                "date": today,
-                "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor(),
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-                "sizes": asdict(sizes),
-                "results": results,
-            }
-            output.write_text(json.dumps(record, indent=1))
-    output.with_suffix(".part").unlink(missing_ok=True)
-    print_table(results)
+    """Run the contestants one after the other."""
+    arguments = arguments_of()
+    end = time.monotonic() + arguments.total_limit
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"training-{arguments.device}.json"
+    record = Record(output, arguments.device, arguments.steps)
+    options = {"device_type": arguments.device, "warmup": arguments.warmup, "steps": arguments.steps}
+    options |= {"on_meta": arguments.meta, "compile_backend": arguments.compile_backend}
+    names = [name for name in CONTESTANTS if name.startswith(tuple(arguments.only))]
+    for workload in workloads(arguments):
+        for name in names:
+            limit = min(arguments.limit, end - time.monotonic())
+            world_size = world_size_of(name)
+            if limit <= 0:
+                result = {"contestant": name, "failed": f"not run: {arguments.total_limit:.0f} s were used up"}
+            else:
+                result = launch(name, world_size, workload, options, limit)
+            record.add(result, workload, world_size)
+            print(line_of(record.results[-1], record.results[-1]), flush=True)
+    print(record.table())
+    draw(record.content(), output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

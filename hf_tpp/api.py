@@ -1,7 +1,8 @@
 """`parallelize`: reads as the table of contents of the package."""
 
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,22 +12,31 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from hf_tpp.adapters import model_of
 from hf_tpp.assembly import Assembly
 from hf_tpp.calls.context import CallContext
 from hf_tpp.checkpoint.huggingface import SafetensorsCheckpoint, resolve_checkpoint
 from hf_tpp.checkpoint.source import InitialWeights, LoadedWeights, WeightSource
 from hf_tpp.collectives.agreement import agree_on, checksum, text_hash
 from hf_tpp.collectives.p2p import StageLinks
+from hf_tpp.compilation import CompiledBlocks, CompileOptions, compile_options
+from hf_tpp.data_parallel import DATA_PARALLEL, check_shardable, replicas_of
 from hf_tpp.dropout import DropoutStreams
 from hf_tpp.errors import AlreadyParallelError, ConfigurationError, HfTppError
+from hf_tpp.integrations import activate, check_classes
 from hf_tpp.mesh import ParallelMesh, check_world, control_group, initialize_distributed, local_device
 from hf_tpp.parallel_model import ParallelState, install, parallel_state
+from hf_tpp.pipeline_parallel.flow import StageFlow
+from hf_tpp.pipeline_parallel.loss_note import LossNote, counts_tokens
+from hf_tpp.pipeline_parallel.rehearsal import Rehearsal
 from hf_tpp.pipeline_parallel.runner import PipelineRunner
-from hf_tpp.pipeline_parallel.split import StageFlow
 from hf_tpp.pipeline_parallel.stage import Stage
-from hf_tpp.report import describe
-from hf_tpp.sharding import ShardSpec
+from hf_tpp.report import describe, describe_probe
+from hf_tpp.sharding import ShardSpec, local_part
+from hf_tpp.tensor_parallel.matching import UserPlan
 from hf_tpp.tensor_parallel.region import RegionState
+from hf_tpp.transformers_versions import fewest_padded_rows, tie_on_meta
+from hf_tpp.verification import BlockVerification
 
 __all__ = ["clip_grad_norm_", "from_pretrained", "parallelize"]
 
@@ -42,10 +52,17 @@ def parallelize(
     num_microbatches: int | None = None,
     stages: Sequence[int] | None = None,
     sequence_parallel: bool = False,
+    compile: bool | CompileOptions | None = None,
+    align_vocabulary: bool = True,
+    data_parallel: str = "replicate",
+    plan: UserPlan | None = None,
     checkpoint: Any = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     eval_logits: bool = True,
+    train_logits: bool = False,
+    verify: bool | None = None,
+    patch: bool = True,
     verbose: bool = True,
     timeout: timedelta | None = None,
 ) -> ModelT:
@@ -53,16 +70,32 @@ def parallelize(
 
     Args:
         model: Loaded, the same on every rank; or on the meta device, then its weights come from `checkpoint` or are
-            initialised by the model's own rules, the same values whatever tp and pp are.
+            initialised by the model's own rules, the same values whatever tp and pp are. Or a loaded PEFT model; LoRA
+            may also be given to a parallel model.
         tp: Ranks that share every layer.
         pp: Stages that share the layers.
         num_microbatches: Microbatches a batch is cut into; default: one row each, at most 4 x pp.
         stages: Layers per stage; default: balanced by cost, the head included.
         sequence_parallel: Cut hidden states along the sequence between the tensor-parallel regions.
-        checkpoint: Folder or hub name of a safetensors checkpoint for a model on meta.
+        compile: Train the blocks, one by one, through `torch.compile`: True, or its options in a dictionary, such as
+            {"backend": "aot_eager"} or {"dynamic": True} (for sequences of many lengths). Default: no.
+        align_vocabulary: With tp=1, compute the products of a head over a large vocabulary of an odd size (50257) as if
+            it were a multiple of 64, for which GPUs are faster. (Shards of a vocabulary always are.)
+        data_parallel: What replicas hold: "replicate", each everything; "fully_shard", each a part of the weights,
+            gradients and optimizer state, gathered while a pass runs (FSDP2 over the dp axis).
+        plan: How to cut modules that are not cut right by themselves: pattern of module names -> `Region`, or None for
+            modules that are to stay whole. It goes before what is found by names.
+        checkpoint: For a model on meta: folder or hub name of a safetensors checkpoint, or folder of a Megatron one.
         device: This rank's device; default: its own GPU, else the CPU.
         seed: Of the initial values of a model on meta without a checkpoint.
         eval_logits: Give logits to every rank when the model is not training.
+        train_logits: Give logits, without a graph, to every rank beside the loss of a training call with labels. (A
+            training call without labels always gives logits, and these carry gradients.)
+        verify: Before anything is trained, compare one block of each kind with the plain block, on these ranks; the
+            model must be loaded. Default: with a plan, and for models with modules that transformers does
+            not ship.
+        patch: Let accelerate's `Accelerator` and transformers' `Trainer` serve parallel models, by changing some of
+            their methods; they treat other models as before. Without it, use `TPPAccelerator` and `TPPTrainer`.
         verbose: Print a report on rank 0.
         timeout: Of a collective, if torch.distributed is started here.
 
@@ -77,82 +110,175 @@ def parallelize(
         UnsupportedModelError: A model that cannot be split exactly.
         RankMismatchError: Ranks were given different models or sizes.
         CheckpointError: The checkpoint does not hold the model.
+        ParityError: `verify` found a block that differs; the model is of no use any more.
     """
+    whole, model = model, model_of(model)
     device_type = None if device is None else torch.device(device).type
     world_size = initialize_distributed(device_type, timeout)
     control = control_group()
+    options = {
+        "tp": tp,
+        "pp": pp,
+        "num_microbatches": num_microbatches,
+        "stages": stages,
+        "sequence_parallel": sequence_parallel,
+        "compile": compile,
+        "align_vocabulary": align_vocabulary,
+        "data_parallel": data_parallel,
+        "plan": plan,
+        "seed": seed,
+        "eval_logits": eval_logits,
+        "train_logits": train_logits,
+        "verify": verify,
+        "patch": patch,
+    }
+    assembly, source, verify = _decide(model, world_size, options, checkpoint, control)
+    mesh = ParallelMesh.create(tp, pp, torch.device(device) if device else local_device(), control)
+    verification = BlockVerification.capture(assembly) if verify else None
+    weights: WeightSource = source or _weights_of(model, assembly, seed)
+    calls, specs = _build(assembly, mesh, weights, data_parallel)
+    calls.num_microbatches, calls.eval_logits, calls.train_logits = num_microbatches, eval_logits, train_logits
+    calls.compiled_blocks.compile(compile)
+    num_bytes = sum(local_part(parameter.detach()).nbytes for parameter in model.parameters())
+    report = describe(type(model).__name__, assembly.stages, mesh, specs, num_bytes)
+    report += describe_probe(assembly.cuts.regions, assembly.cuts.declined)
+    install(model, ParallelState(mesh, specs, calls, assembly, report))
+    if verification is not None:
+        with calls.replicas.gathered():
+            verification.run(calls, specs)
+    activate(model, patch)
+    if verbose and mesh.global_rank == 0:
+        print(report, file=sys.stderr)
+    return whole
+
+
+def _decide(
+    model: nn.Module, world_size: int, options: Mapping[str, Any], checkpoint: Any, control: Any
+) -> tuple[Assembly, WeightSource | None, bool]:
+    """Take all decisions together with the other ranks, before anything is changed; `options` are the user's."""
+    tp, pp, plan, num_microbatches = (options[name] for name in ("tp", "pp", "plan", "num_microbatches"))
     assembly: Assembly | None = None
+    source: WeightSource | None = None
     problem: HfTppError | None = None
-    source: SafetensorsCheckpoint | None = None
+    verify = bool(options["verify"])
     try:
-        _check_arguments(model, num_microbatches)
-        check_world(world_size, tp, pp)
-        assembly = Assembly.check(model, tp, pp, stages, sequence_parallel)
+        _check_arguments(model, num_microbatches, options["data_parallel"])
+        compile_options(options["compile"])
+        if check_world(world_size, tp, pp) > 1 and options["data_parallel"] == "fully_shard":
+            check_shardable(model)
+        if options["patch"]:
+            check_classes()
+        tie_on_meta(model)
+        chosen = {name: options[name] for name in ("stages", "sequence_parallel", "plan", "align_vocabulary")}
+        assembly = Assembly.check(model, tp, pp, **chosen, is_alone=world_size == 1)
+        if options["verify"] is None:
+            verify = tp * pp > 1 and _should_verify(assembly, plan)
+        _check_loss(model, num_microbatches, world_size // (tp * pp))
+        if verify:
+            BlockVerification.check(model)
         if checkpoint is not None:
             source = _open_checkpoint(model, assembly, checkpoint)
     except HfTppError as error:
         problem = error
     facts = {
-        "tp": tp,
-        "pp": pp,
-        "num_microbatches": num_microbatches,
+        **options,
+        "plan": str(plan),
+        "compile": str(options["compile"]),
         "stages": assembly.stages if assembly else None,
-        "sequence_parallel": sequence_parallel,
-        "seed": seed,
-        "eval_logits": eval_logits,
+        "cuts": f"{text_hash(assembly.cuts.decisions):08x}" if assembly else None,
+        "verify": verify,
         "model": type(model).__name__,
         "weights": _fingerprint(model) if problem is None else None,
     }
     agree_on(facts, problem, control)
     assert assembly is not None
-
-    mesh = ParallelMesh.create(tp, pp, torch.device(device) if device else local_device(), control)
-    weights: WeightSource = source or _weights_of(model, assembly, seed)
-    calls, specs = _build(assembly, mesh, weights)
-    calls.num_microbatches, calls.eval_logits = num_microbatches, eval_logits
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    report = describe(type(model).__name__, assembly.stages, mesh, specs, num_bytes)
-    install(model, ParallelState(mesh, assembly.stages, specs, calls, report))
-    if verbose and mesh.global_rank == 0:
-        print(report, file=sys.stderr)
-    return model
+    return assembly, source, verify
 
 
-def _build(assembly: Assembly, mesh: ParallelMesh, weights: WeightSource) -> tuple[CallContext, dict[str, ShardSpec]]:
-    """Change the model: swap, hollow, fill. Nothing here fails for a reason that could have been known before."""
+def _build(
+    assembly: Assembly, mesh: ParallelMesh, weights: WeightSource, data_parallel: str
+) -> tuple[CallContext, dict[str, ShardSpec]]:
+    """Change the model: swap, hollow, fill, share out. Nothing here fails that could have been foreseen."""
     model = assembly.model
     streams = DropoutStreams.of_model(model, mesh.device, mesh.tp.rank)
     regions = RegionState(mesh.tp.group, streams)
     flow = StageFlow()
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    hidden_size: int = model.get_submodule(assembly.parts.embedding).embedding_dim  # type: ignore[assignment]
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    hidden_size, dtype = embedding.embedding_dim, embedding.weight.dtype
     plain_forward = type(model).forward.__get__(model)
+    fewest_rows = fewest_padded_rows(model)
     assembly.apply(mesh, regions, flow)
     specs = assembly.fill(weights, mesh, dtypes)
     for spec in assembly.all_specs(mesh):
+        mesh.stage_group(spec.stages)
         for segment in spec.segments if spec.dim is not None else ():
             mesh.neighbours(segment.num_copies)
+    note = LossNote.install(model) if mesh.world_size > 1 else LossNote()
+    stage, links = Stage(plain_forward, flow, loss_note=note), StageLinks(mesh)
+    own = assembly.blocks(mesh.pp.rank)
+    replicas = replicas_of(model, assembly.parts, mesh, data_parallel)
+    flow.own = tuple(model.get_submodule(assembly.parts.block_name(index)) for index in own)
     calls = CallContext(
         model=model,
         mesh=mesh,
-        runner=PipelineRunner(Stage(plain_forward, flow), mesh, StageLinks(mesh)),
+        runner=PipelineRunner(stage, mesh, links, Rehearsal(stage, mesh, links)),
         regions=regions,
         streams=streams,
         specs={model.get_parameter(name): spec for name, spec in specs.items()},
-        vocabulary=assembly.cuts.vocabulary,
+        named_specs=specs,
+        replicas=replicas,
+        vocabulary=assembly.logits,
         hidden_size=hidden_size,
+        dtype=dtype,
         sequence_parallel=assembly.sequence_parallel,
+        counts_tokens=counts_tokens(model),
+        compiled_blocks=CompiledBlocks(flow.own, regions),
+        fewest_padded_rows=fewest_rows,
     )
     return calls, specs
 
 
-def _check_arguments(model: nn.Module, num_microbatches: int | None) -> None:
+def _check_arguments(model: nn.Module, num_microbatches: int | None, data_parallel: str) -> None:
     if parallel_state(model) is not None:
         raise AlreadyParallelError(
             f"this {type(model).__name__} is parallel already: call parallelize() once, on a freshly loaded model"
         )
     if num_microbatches is not None and (not isinstance(num_microbatches, int) or num_microbatches < 1):
         raise ConfigurationError(f"num_microbatches={num_microbatches!r}: use a positive whole number, or None")
+    if data_parallel not in DATA_PARALLEL:
+        raise ConfigurationError(f"data_parallel={data_parallel!r}: use {' or '.join(map(repr, DATA_PARALLEL))}")
+
+
+def _check_loss(model: nn.Module, num_microbatches: int | None, dp_size: int) -> None:
+    if counts_tokens(model):
+        return
+    takes = f"{type(model).__name__} takes the mean loss over what it is given"
+    if num_microbatches not in (None, 1):
+        raise ConfigurationError(
+            f"{takes}, so that a batch cannot be cut into num_microbatches={num_microbatches}: use "
+            f"num_microbatches=1, and accumulate gradients"
+        )
+    if dp_size > 1:
+        raise ConfigurationError(
+            f"{takes}, and {dp_size} replicas may have different numbers of tokens: use tp x pp processes, so that "
+            f"there is one replica, and accumulate gradients"
+        )
+
+
+def _should_verify(assembly: Assembly, plan: UserPlan | None) -> bool:
+    """What transformers does not ship, or the user planned, is verified: no check of all families has seen it."""
+    model = assembly.model
+    if assembly.parts.is_shipped(model) and not plan:
+        return False
+    if _is_on_meta(model):
+        warnings.warn(
+            f"{type(model).__name__} has modules that transformers does not ship, or a plan, and cannot be verified on "
+            f"the meta device: run `hf-tpp check` on it, or verify a small model of its kind once",
+            stacklevel=3,
+        )
+        return False
+    return True
 
 
 def _is_on_meta(model: nn.Module) -> bool:
@@ -175,12 +301,16 @@ def _fingerprint(model: nn.Module) -> str:
     return f"{text_hash(text + hashes):08x}-{int(checksum(samples)) & (2**64 - 1):016x}"
 
 
-def _open_checkpoint(model: nn.Module, assembly: Assembly, checkpoint: Any) -> SafetensorsCheckpoint:
+def _open_checkpoint(model: nn.Module, assembly: Assembly, checkpoint: Any) -> WeightSource:
     if not _is_on_meta(model):
         raise ConfigurationError(
             "checkpoint= reads the weights of a model on the meta device, this one is loaded already: build it with "
             "torch.device('meta'), or leave checkpoint out"
         )
+    from hf_tpp.checkpoint.megatron import MegatronCheckpoint, is_megatron  # the conversion, only where it is asked for
+
+    if is_megatron(checkpoint):
+        return MegatronCheckpoint(model, assembly.shapes, checkpoint)
     return SafetensorsCheckpoint.open(model, assembly.shapes, assembly.canonical, checkpoint)
 
 

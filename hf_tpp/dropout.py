@@ -7,7 +7,8 @@ must drop independently. The stream inside a region is *derived* from the genera
                           \ seed(d, tp_rank)            /
     region                  -------- attention ---------                     different on each
 
-so whatever restores the generator (activation checkpointing does, before it recomputes) restores both streams.
+so whatever restores the generator (activation checkpointing does, before it recomputes) restores both streams. What
+is replicated inside a region, too (the input of an addition of low rank), drops from the shared stream.
 """
 
 from collections.abc import Iterator
@@ -41,18 +42,26 @@ class DropoutStreams:
     sources: list[tuple[object, str]] = field(default_factory=list, repr=False)
     active: bool = False
     _shared_state: torch.Tensor | None = field(default=None, repr=False)
+    _own_state: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of_model(cls, model: nn.Module, device: torch.device, tp_rank: int) -> "DropoutStreams":
-        """Find everything in `model` that is called a dropout rate."""
-        sources: list[tuple[object, str]] = []
+        """The streams of `model`, with everything in it that is called a rate of dropout or a router's jitter."""
+        streams = cls(device, tp_rank)
+        streams.find_sources(model)
+        return streams
+
+    def find_sources(self, model: nn.Module) -> None:
+        """Look for dropout rates in `model` again: it was given further modules."""
+        self.sources = []
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
-                sources.append((module, "p"))
-            sources += [
-                (module, name) for name, value in vars(module).items() if "drop" in name and type(value) in (int, float)
+                self.sources.append((module, "p"))
+            self.sources += [
+                (module, name)
+                for name, value in vars(module).items()
+                if ("drop" in name or "jitter" in name) and type(value) in (int, float)
             ]
-        return cls(device, tp_rank, sources)
 
     def draws(self) -> bool:
         """True if any dropout rate is above zero now."""
@@ -71,7 +80,7 @@ class DropoutStreams:
                 yield
             finally:
                 self.active = False
-                self._shared_state = None
+                self._shared_state = self._own_state = None
 
     def start_microbatch(self, *seed: int) -> None:
         """Begin a microbatch: `seed` must be the same on the tp ranks, and different for everything else."""
@@ -88,11 +97,21 @@ class DropoutStreams:
     def leave_region(self) -> None:
         """Back on replicated activations: the shared stream goes on."""
         if self._shared_state is not None:
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(self._shared_state, self.device)
-            else:
-                torch.set_rng_state(self._shared_state)
+            self._set_state(self._shared_state)
             self._shared_state = None
+
+    def enter_replicated(self) -> None:
+        """Inside a region: what follows works on replicated activations, and draws from the shared stream."""
+        if self._shared_state is not None:
+            self._own_state = self._state()
+            self._set_state(self._shared_state)
+
+    def leave_replicated(self) -> None:
+        """Inside a region: this rank's heads or neurons again."""
+        if self._own_state is not None:
+            self._shared_state = self._state()
+            self._set_state(self._own_state)
+            self._own_state = None
 
     def enter_sequence_shards(self) -> None:
         """From here to the end of the microbatch the tp ranks hold different tokens."""
@@ -111,6 +130,12 @@ class DropoutStreams:
 
     def _state(self) -> torch.Tensor:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def _set_state(self, state: torch.Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.device)
+        else:
+            torch.set_rng_state(state)
 
     def _seed(self, seed: int) -> None:
         if self.device.type == "cuda":

@@ -7,6 +7,7 @@
     ├── RankMismatchError (RuntimeError)     ranks of one job disagree: configuration, weights or batch
     ├── BatchError (ValueError)              a call of the model that cannot be run exactly
     ├── CheckpointError (ValueError)         files that do not hold what the model needs
+    ├── ParityError (RuntimeError)           verify=True found a block that differs from the plain one
     └── ScheduleError (RuntimeError)         a list of pipeline actions that is incomplete or would hang
 
 Every message says what is wrong, what was given, and what to do instead.
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "HfTppError",
+    "ParityError",
     "RankMismatchError",
     "ScheduleError",
     "UnsupportedModelError",
@@ -50,6 +52,10 @@ class BatchError(HfTppError, ValueError):
 
 class CheckpointError(HfTppError, ValueError):
     """A checkpoint that does not hold what the model needs, or must not be opened."""
+
+
+class ParityError(HfTppError, RuntimeError):
+    """A block of the parallel model does not compute what the plain block does."""
 
 
 class ScheduleError(HfTppError, RuntimeError):

@@ -7,19 +7,24 @@ dp=2, pp=2, tp=2      stage 0   stage 1
     replica 1           4 5       6 7         accelerate and the data loaders number replicas the same way
 """
 
+import atexit
+import functools
 import os
+import sys
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_tpp.errors import ConfigurationError
 
 __all__ = ["Axis", "ParallelMesh", "check_world", "control_group", "initialize_distributed", "local_device"]
 
 Group = dist.ProcessGroup
+SECONDS_TO_LET_GO = 0.2  # a thread of a group needs microseconds; with more processes than cores, longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ def initialize_distributed(device_type: str | None = None, timeout: timedelta | 
         World size; 1 without a launcher.
     """
     if dist.is_initialized():
+        _end_with_interpreter()
         return dist.get_world_size()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -69,7 +75,28 @@ def initialize_distributed(device_type: str | None = None, timeout: timedelta | 
     if use_cuda:
         torch.cuda.set_device(local_device("cuda"))
     dist.init_process_group(backend, timeout=timeout)
+    _end_with_interpreter()
     return world_size
+
+
+@functools.cache
+def _end_with_interpreter() -> None:
+    atexit.register(_end_distributed)
+
+
+def _end_distributed() -> None:
+    """End the groups while the interpreter still lives: a thread of theirs that lets go of the last tensor needs it.
+
+    Without this a process aborts now and then at its exit ("terminate called without an active exception"). A group
+    that a module still holds keeps its threads, whoever ended it, and they cannot be joined: they get time to let go of
+    what they hold. After an exception the others may be waiting within a collective, and ending it in order would wait
+    for them.
+    """
+    if hasattr(sys, "last_type"):
+        return
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    time.sleep(SECONDS_TO_LET_GO)
 
 
 def local_device(device_type: str | None = None) -> torch.device:
@@ -123,9 +150,10 @@ class ParallelMesh:
         replica: tp x pp: the ranks that hold one whole model.
         forward_group: The pipeline's ranks, for activations.
         backward_group: The same ranks again, so that gradients travel beside the activations.
-        ends: First and last stage with the same tp_rank, for tied embeddings.
         control: gloo group of all ranks, for host data; None in a world of one.
         replica_control: gloo group of the replica.
+        dp_control: gloo group of the data-parallel axis; None if `dp.size` is 1.
+        replicas: The data-parallel axis as torch's DTensor and FSDP take it; None in a world of one.
     """
 
     device: torch.device
@@ -135,10 +163,12 @@ class ParallelMesh:
     replica: Axis
     forward_group: Group | None = None
     backward_group: Group | None = None
-    ends: Group | None = None
     control: Group | None = None
     replica_control: Group | None = None
+    dp_control: Group | None = None
+    replicas: DeviceMesh | None = None
     _neighbours: dict[int, Group] = field(default_factory=dict, repr=False)
+    _stage_groups: dict[tuple[int, ...], Group | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(cls, tp_size: int, pp_size: int, device: torch.device, control: Group | None = None) -> "ParallelMesh":
@@ -182,9 +212,10 @@ class ParallelMesh:
             replica=replica,
             forward_group=_subgroup(pipelines) if has_pipeline else None,
             backward_group=_subgroup(pipelines) if has_pipeline else None,
-            ends=_subgroup([[line[0], line[-1]] for line in pipelines]) if has_pipeline else None,
             control=control or control_group(),
             replica_control=_subgroup(replicas, backend="gloo"),
+            dp_control=_subgroup(ranks.reshape(dp_size, -1).T.tolist(), backend="gloo"),
+            replicas=mesh["dp"],
         )
 
     @property
@@ -212,6 +243,21 @@ class ParallelMesh:
             assert group is not None
             self._neighbours[num_copies] = group
         return self._neighbours[num_copies]
+
+    def stage_group(self, stages: tuple[int, ...]) -> Group | None:
+        """The ranks of some stages with the same tp_rank, this one among them; None for a stage alone.
+
+        Collective: the first call for given `stages` must be made by every process.
+        """
+        if len(stages) == 1:
+            return None
+        if len(stages) == self.pp.size:
+            return self.pp.group
+        if stages not in self._stage_groups:
+            ranks = torch.arange(self.world_size).view(self.dp.size, self.pp.size, self.tp.size)
+            lines = ranks[:, list(stages)].transpose(1, 2).reshape(-1, len(stages))
+            self._stage_groups[stages] = _subgroup(lines.tolist())
+        return self._stage_groups[stages]
 
 
 def _subgroup(partition: list[list[int]], backend: str | None = None) -> Group | None:

@@ -8,30 +8,35 @@ model.save_pretrained   an ordinary Hugging Face checkpoint
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from hf_tpp.assembly import Assembly
 from hf_tpp.calls.context import CallContext
 from hf_tpp.calls.evaluation import evaluation_call
+from hf_tpp.calls.generation import generation_options
+from hf_tpp.calls.statistics import statistics_call
 from hf_tpp.calls.training import training_call
 from hf_tpp.checkpoint.huggingface import save_checkpoint
-from hf_tpp.collectives.agreement import agree_on, checksum
+from hf_tpp.errors import ConfigurationError
 from hf_tpp.gradients.norm import NormResidual, ParallelNorm
 from hf_tpp.gradients.optimizers import refuse_whole_tensor_optimizers
-from hf_tpp.gradients.synchronize import average_over_replicas
 from hf_tpp.mesh import ParallelMesh
+from hf_tpp.refused_methods import RefusedMethods
 from hf_tpp.sharding import ShardSpec
+from hf_tpp.wrappers import wrappers_of
 
-__all__ = ["ParallelState", "install", "parallel_state"]
+__all__ = ["ParallelState", "install", "parallel_state", "token_statistics"]
 
 _ATTRIBUTE = "_hf_tpp_state"
-_RESIDUAL = "hf_tpp_norm"
+_RESIDUAL = "hf_tpp_residual"
+"""No name that ends like those of norms and heads: peft finds modules by the ends of their names."""
 
 
 @dataclass(slots=True)
@@ -40,51 +45,55 @@ class ParallelState:
 
     Attributes:
         mesh: The process groups, and this rank's place.
-        stages: Layers per stage.
         specs: Local parameter name -> how it lies in the unsplit model.
         calls: What a call of the model needs.
+        assembly: The decisions themselves.
         report: The paragraph that rank 0 printed.
         norm: Norms over the whole model.
     """
 
     mesh: ParallelMesh
-    stages: tuple[int, ...]
-    specs: Mapping[str, ShardSpec]
+    specs: dict[str, ShardSpec]
     calls: CallContext
+    assembly: Assembly
     report: str = ""
     norm: ParallelNorm = field(init=False)
 
 
 def parallel_state(model: nn.Module) -> ParallelState | None:
-    """What parallelize() decided about `model`; None if it is not parallel."""
-    state: ParallelState | None = model.__dict__.get(_ATTRIBUTE)
+    """What parallelize() decided about `model`, or about the model that PEFT wrapped; None if it is not parallel."""
+    state: ParallelState | None = getattr(model, _ATTRIBUTE, None)
     return state
 
 
 def install(model: nn.Module, state: ParallelState) -> None:
     """Turn a rewritten model into a parallel one, in place. Its class keeps name, module and signature."""
-    mesh = state.mesh
-    parameters = {parameter: state.specs[name] for name, parameter in model.named_parameters()}
+    mesh, parameters = state.mesh, state.calls.specs
     residual: nn.Parameter | None = None
     if mesh.replica.size > 1:
-        module = NormResidual(mesh.device)
+        shared = any(isinstance(parameter, DTensor) for parameter in parameters)
+        module = NormResidual(mesh.device, mesh.replicas if shared else None)
         model.add_module(_RESIDUAL, module)
         residual = module.bias
     state.norm = ParallelNorm(parameters, mesh, residual)
     state.calls.residual = residual
-    state.calls.after_backward = functools.partial(_finish_backward, state, list(parameters))
-    refuse_whole_tensor_optimizers(parameter for parameter, spec in parameters.items() if spec.dim is not None)
+    state.calls.after_backward = functools.partial(_finish_backward, state)
+    refuse_whole_tensor_optimizers(
+        parameter for parameter, spec in parameters.items() if spec.dim is not None or isinstance(parameter, DTensor)
+    )
     object.__setattr__(model, _ATTRIBUTE, state)
     if mesh.world_size > 1:
         plain: Any = type(model)
         model.__class__ = _parallel_class(plain)
 
 
-def _finish_backward(state: ParallelState, parameters: list[nn.Parameter]) -> None:
+def _finish_backward(state: ParallelState) -> None:
     """After a backward pass has filled every `p.grad`."""
+    parameters = list(state.calls.specs)
     if state.calls.sync_gradients:
-        average_over_replicas(parameters, state.mesh)
+        state.calls.replicas.finish(parameters)
     state.norm.update_residual()
+    state.calls.scale.back_off(state.norm.is_finite(parameters))
 
 
 @functools.cache
@@ -101,7 +110,27 @@ def _parallel_class(plain: type[nn.Module]) -> type[nn.Module]:
         return evaluation_call(calls, batch)
 
     body = {"forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
-    return type(plain.__name__, (_ParallelMethods, plain), body)
+    return type(plain.__name__, (_ParallelMethods, RefusedMethods, plain), body)
+
+
+def token_statistics(
+    model: nn.Module, *args: Any, temperature: float = 1.0, **kwargs: Any
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Call a parallel model for log-probabilities of its labels and other numbers for each token, not for logits.
+
+    Args:
+        model: What `parallelize` returned, on several processes.
+        *args: As of its forward.
+        temperature: What logits are divided by.
+        **kwargs: As of its forward; `labels`, or `shift_labels` that are shifted already.
+
+    Collective: as a call of the model, and the backward pass of the result too.
+
+    Returns:
+        Name of a statistic -> [rows, seq - 1], zero where a label is ignored; and the router loss of models with one.
+    """
+    batch = _as_keywords(inspect.signature(type(model).forward), model, args, kwargs)
+    return statistics_call(getattr(model, _ATTRIBUTE).calls, batch, temperature)
 
 
 def _as_keywords(signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
@@ -118,7 +147,10 @@ class _ParallelMethods:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within this context backward passes do not average gradients over the replicas, as in torch's DDP."""
+        """Within this context backward passes do not average gradients over the replicas, as in torch's DDP.
+
+        Where replicas share gradients, this changes nothing: no rank keeps whole gradients between calls.
+        """
         calls: CallContext = getattr(self, _ATTRIBUTE).calls
         before, calls.sync_gradients = calls.sync_gradients, False
         try:
@@ -126,19 +158,24 @@ class _ParallelMethods:
         finally:
             calls.sync_gradients = before
 
+    def compile(self, **options: Any) -> None:
+        """Train the blocks, one by one, through `torch.compile`, as `parallelize(compile=options)` does.
+
+        Args:
+            **options: Of torch.compile.
+
+        Raises:
+            ConfigurationError: There is no such option or backend, or what it does is not known to be exact.
+        """
+        calls: CallContext = getattr(self, _ATTRIBUTE).calls
+        calls.compiled_blocks.compile(options)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the plain model does; every rank of the replica returns the same tokens."""
-        state: ParallelState = getattr(self, _ATTRIBUTE)
-        _share_random_state(state.mesh)
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        facts = {
-            "prompts": f"{[list(t.shape) for t in tensors]} checksum {int(checksum(tensors))}",
-            "options": {name: value for name, value in kwargs.items() if isinstance(value, bool | int | float | str)},
-            "generation_config": str(kwargs.get("generation_config", getattr(self, "generation_config", None))),
-        }
-        agree_on(facts, None, state.mesh.replica_control)
-        with state.calls.without_agreement():
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        calls: CallContext = getattr(self, _ATTRIBUTE).calls
+        options = generation_options(calls, args, kwargs)
+        with calls.without_agreement(), calls.replicas.gathered():
+            return super().generate(*args, **options)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:
         """Write an ordinary Hugging Face checkpoint that plain transformers loads.
@@ -149,18 +186,21 @@ class _ParallelMethods:
             **kwargs: transformers' other options; only their defaults are supported.
 
         Collective: every rank of the job.
+
+        Raises:
+            ConfigurationError: The model has adapters.
         """
         state: ParallelState = getattr(self, _ATTRIBUTE)
-        save_checkpoint(self, state.specs, state.mesh, save_directory, max_shard_size, **kwargs)  # type: ignore[arg-type]
+        if any(True for _ in wrappers_of(self)):  # type: ignore[arg-type]
+            raise ConfigurationError(
+                f"{type(self).__name__} has adapters, whose names no plain {type(self).__name__} knows: save the "
+                f"adapter with the PEFT model's save_pretrained(), or call its merge_and_unload() before this"
+            )
+        with state.calls.replicas.gathered():
+            save_checkpoint(self, state.specs, state.mesh, save_directory, max_shard_size, **kwargs)  # type: ignore[arg-type]
 
-
-def _share_random_state(mesh: ParallelMesh) -> None:
-    """Sampling must draw the same tokens on every rank of a replica: continue from its first rank's generators."""
-    if mesh.replica.size == 1:
-        return
-    state = [torch.get_rng_state(), torch.cuda.get_rng_state(mesh.device) if mesh.device.type == "cuda" else None]
-    dist.broadcast_object_list(state, src=mesh.replica.global_ranks[0], group=mesh.replica_control)
-    assert state[0] is not None
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], mesh.device)
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What `to`, `half` and the like go through."""
+        state: ParallelState = getattr(self, _ATTRIBUTE)
+        state.calls.replicas.convert(fn, lambda: super(_ParallelMethods, self)._apply(fn, recurse))  # type: ignore[misc]
+        return self

@@ -1,13 +1,15 @@
 """The paragraph that rank 0 prints after parallelize()."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch.distributed as dist
 
 from hf_tpp.mesh import ParallelMesh
+from hf_tpp.plan.rules import RegionRule
 from hf_tpp.sharding import ShardSpec, local_shape
 
-__all__ = ["describe"]
+__all__ = ["describe", "describe_probe"]
 
 
 def describe(
@@ -43,6 +45,31 @@ def describe(
         f"{share:.1%} of the parameters on a rank are sharded over tp, the rest is replicated there. "
         f"Parameters take {_mib(min(sizes))} to {_mib(max(sizes))} MiB per rank."
     )
+
+
+def describe_probe(regions: Mapping[str, RegionRule], declined: Mapping[str, str]) -> str:
+    """What the probe found in a model: "" if it was not asked, or found nothing to look at.
+
+    Args:
+        regions: Name of a module -> its rule.
+        declined: Name of a module that stays whole -> why.
+
+    Returns:
+        Sentences that go on after those of `describe`.
+    """
+    found = [
+        f"{name} ({rule.kind}: {', '.join(rule.columns)} -> {rule.row})"
+        for name, rule in regions.items()
+        if rule.found_by == "probe"
+    ]
+    whole = [f"{name} ({reason})" for name, reason in declined.items()]
+    text = f" Found by probe: {_each_once(found)}." if found else ""
+    return f"{text} Whole on each rank: {_each_once(whole)}." if whole else text
+
+
+def _each_once(entries: Iterable[str]) -> str:
+    """Blocks that are alike once, their numbers as "*"."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", entry) for entry in entries))
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from hf_tpp.plan.layout import Layout, Segment
 
-__all__ = ["ShardSpec", "local_shape", "shard", "shard_tensor", "unshard"]
+__all__ = ["ShardSpec", "local_part", "local_shape", "on_this_replica", "rows_of", "shard", "shard_tensor", "unshard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,10 @@ class ShardSpec:
         layout: How `dim` is cut; None with `dim`.
         tp_rank: This rank's position on the tp axis.
         tp_size: Size of the tp axis.
-        num_stages: How many stages hold this parameter (2 for an embedding tied across stages).
-        sequence_sharded: True if the gradient is a sum over the tokens of this rank alone.
+        stages: Which stages hold this parameter (first and last for a tied embedding).
+        is_partial: True if this rank computes only a part of the gradient, and tp ranks must be summed: the part of its
+            tokens (sequence parallelism), or of its heads or neurons (a parameter inside a region).
+        rows: Of this rank's shard, the rows [first, last + 1) that lie on this replica; None if all do.
     """
 
     name: str
@@ -35,8 +38,9 @@ class ShardSpec:
     layout: Layout | None
     tp_rank: int
     tp_size: int
-    num_stages: int = 1
-    sequence_sharded: bool = False
+    stages: tuple[int, ...] = (0,)
+    is_partial: bool = False
+    rows: tuple[int, int] | None = None
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -48,13 +52,22 @@ class ShardSpec:
 
     def copies(self, segment: Segment) -> int:
         """Number of ranks of one replica that hold the values of `segment`."""
-        return segment.num_copies * self.num_stages
+        return segment.num_copies * len(self.stages)
 
     def narrow(self, local: torch.Tensor, segment: Segment) -> torch.Tensor:
-        """The view of `local` (shape: this rank's shard) that holds `segment`."""
+        """The view of `local` (shape: this rank's shard, or its `rows`) that holds `segment`, or what is here of it."""
         if self.dim is None:
             return local
+        if self.dim == 0 and self.rows is not None:
+            start, stop = self.within_rows(segment)
+            return local.narrow(0, start - self.rows[0], stop - start)
         return local.narrow(self.dim, segment.local_start, segment.size)
+
+    def within_rows(self, segment: Segment) -> tuple[int, int]:
+        """Where `segment` begins and ends in the shard, as far as it lies on this replica; for `dim` 0."""
+        first, last = self.rows or (0, segment.local_start + segment.size)
+        start = min(max(segment.local_start, first), last)
+        return start, max(start, min(segment.local_start + segment.size, last))
 
     def at_rank(self, tp_rank: int) -> "ShardSpec":
         """The same parameter's spec on another tp rank."""
@@ -62,12 +75,35 @@ class ShardSpec:
 
 
 def local_shape(spec: ShardSpec) -> tuple[int, ...]:
-    """Shape of this rank's shard, padding included."""
-    if spec.dim is None or spec.layout is None:
-        return spec.full_shape
+    """Shape of this rank's shard, padding included; of its `rows`, if it has only those."""
     shape = list(spec.full_shape)
-    shape[spec.dim] = spec.layout.local_size(spec.tp_rank, spec.tp_size)
+    if spec.dim is not None and spec.layout is not None:
+        shape[spec.dim] = spec.layout.local_size(spec.tp_rank, spec.tp_size)
+    if spec.rows is not None:
+        shape[0] = spec.rows[1] - spec.rows[0]
     return tuple(shape)
+
+
+def rows_of(num_rows: int, rank: int, size: int) -> tuple[int, int]:
+    """First and last + 1 of the rows on `rank` of `size`: what torch calls Shard(0), ceil(num_rows / size) each."""
+    per_rank = -(-num_rows // size)
+    return min(rank * per_rank, num_rows), min((rank + 1) * per_rank, num_rows)
+
+
+def on_this_replica(spec: ShardSpec, parameter: torch.Tensor) -> ShardSpec:
+    """The spec of what this rank holds of `parameter`, which replicas may share (a DTensor over the dp axis)."""
+    if not isinstance(parameter, DTensor):
+        return spec
+    replicas = parameter.device_mesh
+    return replace(spec, rows=rows_of(parameter.shape[0], replicas.get_local_rank(), replicas.size()))
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of this rank behind a tensor that replicas may share."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part: torch.Tensor = tensor.to_local()
+    return part
 
 
 def shard(

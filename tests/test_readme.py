@@ -1,5 +1,6 @@
 """Every command and program of README.md runs, in the order in which it stands there."""
 
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from hf_tpp import errors
-from hf_tpp.plan.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,7 +35,7 @@ def run(command: str, folder: Path, timeout: float) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
@@ -70,7 +70,7 @@ def test_every_program_and_command_runs(tmp_path):
 
 def test_only_what_is_too_heavy_is_not_run():
     assert set(NOT_RUN) == {"make", "8 GPUs"}
-    assert {block.language for block in BLOCKS if block.not_run is None} <= {"python", "bash", "text"}
+    assert {block.language for block in BLOCKS if block.not_run is None} <= {"python", "bash", "text", "diff"}
 
 
 def test_the_targets_of_make_exist():
@@ -84,10 +84,6 @@ def test_the_flags_of_the_large_run_exist(tmp_path):
     assert len(used) > 10
     help_text = run(f"python {ROOT / 'examples' / 'pretrain_gpt.py'} --help", tmp_path, timeout=120)
     assert used - set(re.findall(r"--[\w-]+", help_text)) == set()
-
-
-def test_the_table_of_families_is_complete():
-    assert re.findall(r"^\| `([a-z0-9_]+)` \| (?!models)", README, re.MULTILINE) == sorted(FAMILIES)
 
 
 def test_the_errors_that_are_named_exist():
@@ -105,3 +101,15 @@ def test_the_files_that_are_named_exist():
         folder = path if not line.startswith(" ") and name.endswith("/") else folder
         missing += [] if path.exists() else [name]
     assert missing == []
+
+
+def test_the_figures_of_speed_are_those_of_the_recorded_run():
+    """Every row of the table, from the newest raw record of the benchmark that it names."""
+    record = json.loads(max((ROOT / "benchmarks" / "results").glob("training-*.json")).read_text())
+    expected: dict[str, list[str]] = {}
+    for result in record["results"]:  # Llama first, then GPT-2
+        name = result["contestant"].replace("one process", "one GPU")
+        peaks = " / ".join(f"{peak / 2**30:.1f}" for peak in result["peak_bytes_per_rank"])
+        expected.setdefault(name, []).extend([f"{1000 * result['step_seconds']:.0f}", peaks])
+    rows = re.findall(r"^\| (one GPU.*|tensor.*|pipeline.*) \|$", README, re.MULTILINE)
+    assert {row.split(" | ")[0]: row.split(" | ")[1:] for row in rows} == expected

@@ -26,7 +26,7 @@ def agree_on_call(
         context: The model's.
         batch: All arguments of the call.
         problem: What this rank found wrong with it.
-        numbers: To be given to the others; may differ between ranks.
+        numbers: To be given to the others; may differ between ranks, but as many in training as in evaluation.
         trains: Whether this is a training pass, of which all replicas hear; an evaluation concerns one replica.
 
     Returns:

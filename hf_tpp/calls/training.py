@@ -1,85 +1,74 @@
-"""A training call: one 1F1B pass whose gradients `loss.backward()` releases."""
+"""A training call.
 
+with labels       one 1F1B pass, whose gradients `loss.backward()` releases
+without labels    forwards alone; their logits carry the backwards (outside.py)
+"""
+
+import functools
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_tpp.calls.agreement import agree_on_call
-from hf_tpp.calls.checks import check_sequence_shards, check_training
-from hf_tpp.calls.context import CallContext, share_loss, to_device
-from hf_tpp.errors import HfTppError
+from hf_tpp.calls.context import CallContext
+from hf_tpp.calls.output import DeferredOutput, LossOutput
+from hf_tpp.calls.outside import outside_call
+from hf_tpp.calls.preparation import TrainingBatch, prepare_training, start_forwards, training_mode
+from hf_tpp.calls.reading import LogitsReading
+from hf_tpp.calls.sharing import share_logits, share_loss
 from hf_tpp.gradients.release import release_gradients
 from hf_tpp.gradients.synchronize import sum_shared_gradients
-from hf_tpp.pipeline_parallel.microbatch import count_label_tokens
-from hf_tpp.pipeline_parallel.runner import KeptGradients
+from hf_tpp.pipeline_parallel.payload import Payload
 
 __all__ = ["training_call"]
 
 
 def training_call(context: CallContext, batch: dict[str, Any]) -> Any:
-    """One training pass; the returned loss carries the gradients.
+    """One training pass; the returned loss, or without labels the logits, carry the gradients.
 
     Collective: every rank of the job, with the same batch within a replica.
 
     Raises:
         BatchError: The batch cannot be run exactly.
-        RankMismatchError: Ranks of one replica were given different batches.
+        RankMismatchError: Ranks of one replica were given different batches, or one replica labels and another none.
     """
     return_dict = batch.pop("return_dict", True)
-    counts_itself = "num_items_in_batch" not in batch
-    microbatches, seed = _prepare(context, batch, counts_itself)
-    specs = context.choose_trained()
-    loss, kept = _run(context, microbatches, seed)
-    loss = share_loss(loss, context.mesh, over_replicas=counts_itself)
-    parameters: list[Any] = [*context.runner.stage.parameters]
-    gradients = sum_shared_gradients(kept.tensors, parameters, specs, context.mesh)
-    if context.residual is not None:
-        parameters, gradients = [*parameters, context.residual], [*gradients, None]
-    if parameters:
-        loss = release_gradients(loss, parameters, gradients, context.after_backward)
-    output = CausalLMOutputWithPast(loss=loss)
+    has_labels = "labels" in batch
+    training = prepare_training(context, batch, has_loss=has_labels)
+    output: Any = _whole_pass(context, training) if has_labels else _logits(context, training)
     return output if return_dict else output.to_tuple()
 
 
-def _prepare(context: CallContext, batch: dict[str, Any], counts_itself: bool) -> tuple[list[dict[str, Any]], int]:
-    """Check the batch together with the other ranks; returns its microbatches and the seed of their dropout."""
+def _logits(context: CallContext, training: TrainingBatch) -> DeferredOutput:
+    """Forwards alone."""
+    logits, router_loss = outside_call(context, training, LogitsReading(context, training.logit_pieces))
+    shown: Any = logits if training.is_list else logits[0]
+    return DeferredOutput(logits=shown, aux_loss=router_loss)
+
+
+def _whole_pass(context: CallContext, training: TrainingBatch) -> LossOutput:
+    """Forwards and backwards; gradients are kept for `loss.backward()`."""
+
+    def read_out(_: int, output: Any) -> Payload:
+        return (output.loss, output.logits.detach()) if context.train_logits else (output.loss,)
+
     mesh = context.mesh
-    microbatches: list[dict[str, Any]] = []
-    problem: HfTppError | None = None
-    tokens: int | torch.Tensor = 0
-    try:
-        check_training(context, batch)
-        batch = to_device({**batch, "use_cache": False}, mesh.device)
-        microbatches = context.split(batch)
-        check_sequence_shards(context, microbatches)
-        if counts_itself:
-            tokens = count_label_tokens(microbatches)
-    except HfTppError as error:
-        problem = error
-    seed = int(torch.randint(0, 2**62, ()).item()) if context.streams.draws() else 0
-    replicas = agree_on_call(context, batch, problem, [tokens, seed], trains=True)
-    if counts_itself:
-        # The mean over the tokens of all replicas: each divides by the average count, the dp mean does the rest.
-        mean_tokens = torch.tensor(sum(row[0] for row in replicas) / mesh.dp.size, device=mesh.device)
-        for microbatch in microbatches:
-            microbatch["num_items_in_batch"] = mean_tokens
-    return microbatches, replicas[mesh.dp.rank][1]
-
-
-def _run(context: CallContext, microbatches: list[dict[str, Any]], seed: int) -> tuple[torch.Tensor, KeptGradients]:
-    """The schedule, with dropout streams and sequence shards switched on for its duration."""
-    mesh = context.mesh
-
-    def start_microbatch(index: int) -> None:
-        context.streams.start_microbatch(seed, mesh.dp.rank, index, mesh.pp.rank)
-        if context.sequence_parallel and not mesh.pp.is_first:
-            context.streams.enter_sequence_shards()
-
-    shards = mesh.tp.size if context.sequence_parallel else 1
-    context.regions.sequence_parallel = context.sequence_parallel
-    try:
-        with context.streams.running(context.streams.draws()):
-            return context.runner.train(microbatches, context.messages(microbatches, shards), start_microbatch)
-    finally:
-        context.regions.sequence_parallel = False
+    trained = context.choose_trained()
+    gradients = (context.scale.value, None)[: 1 + context.train_logits]
+    with training_mode(context, training.draws):
+        found, kept = context.runner.train(*start_forwards(context, training), read_out, gradients)
+    loss = torch.zeros((), device=mesh.device)
+    for output in found:
+        loss = loss + output[0]
+    loss = share_loss(loss, mesh, over_replicas=training.counts_itself)
+    parameters: list[Any] = [*trained]
+    released = sum_shared_gradients(kept.tensors, context.runner.stage.parameters, [*trained.values()], mesh)
+    if context.residual is not None:
+        parameters, released = [*parameters, context.residual], [*released, None]
+    if parameters:
+        hand_out = functools.partial(context.replicas.hand_out, parameters)
+        loss = release_gradients(loss, parameters, released, hand_out, context.after_backward, context.scale)
+    if not context.train_logits:
+        return LossOutput(loss=loss)
+    logits = share_logits(context, [output[1] for output in found], training.logit_pieces)
+    shown: Any = logits if training.is_list else logits[0]
+    return LossOutput(loss=loss, logits=shown)

@@ -5,6 +5,7 @@ and one part of the model.
 """
 
 import copy
+import zlib
 from typing import Protocol
 
 import torch
@@ -46,8 +47,8 @@ class LoadedWeights:
 class InitialWeights:
     """The initial values that the model's own `_init_weights` draws, the same at every (tp, pp, dp).
 
-    One part (a block, an embedding, the head) at a time is built whole on the rank's device, initialised from a seed of
-    its own, and cut. GPUs and CPUs draw different numbers from one seed.
+    One part (a block, or a module outside the blocks) at a time is built whole on the rank's device, initialised from a
+    seed of its own, and cut. GPUs and CPUs draw different numbers from one seed.
 
     Args:
         model: The model on the meta device, before anything is swapped.
@@ -57,10 +58,9 @@ class InitialWeights:
 
     def __init__(self, model: nn.Module, parts: ModelParts, seed: int) -> None:
         self._skeleton = copy.deepcopy(model)
-        blocks = [parts.block_name(index) for index in range(parts.num_blocks)]
-        self._parts = [*blocks, parts.embedding, *parts.before, *parts.after, parts.head]
+        self._parts = parts
         self._seed = seed
-        self._current = ""
+        self._current: nn.Module | None = None
 
     def shard(self, spec: ShardSpec, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """This rank's shard of a freshly initialised parameter."""
@@ -74,17 +74,25 @@ class InitialWeights:
 
     @torch.no_grad()
     def _build(self, name: str, device: torch.device) -> None:
-        index, part = next((i, part) for i, part in enumerate(self._parts) if name.startswith(part + "."))
-        if part == self._current:
-            return
-        if self._current:
-            self._skeleton.get_submodule(self._current).to_empty(device="meta")
+        is_block = self._parts.is_in_block(name)
+        part = self._block_of(name) if is_block else name.rpartition(".")[0]
         module = self._skeleton.get_submodule(part)
-        module.to_empty(device=device)
+        if module is self._current:
+            return
+        if self._current is not None:
+            self._current.to_empty(device="meta")
+        module.to_empty(device=device, recurse=is_block)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(self._seed, index))
-            _initialize(self._skeleton, module)
-        self._current = part
+            torch.manual_seed(derive_seed(self._seed, zlib.crc32(part.encode())))
+            if is_block:
+                _initialize(self._skeleton, module)
+            else:
+                self._skeleton._init_weights(module)  # type: ignore[operator]
+        self._current = module
+
+    def _block_of(self, name: str) -> str:
+        index = name.removeprefix(self._parts.blocks + ".").partition(".")[0]
+        return self._parts.block_name(int(index))
 
 
 def _initialize(model: nn.Module, module: nn.Module) -> None:

@@ -118,6 +118,7 @@ class _ReduceScatterSequence(torch.autograd.Function):
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Enter a tensor-parallel region: replicated `x` as it is; the gradients of all ranks are summed."""
+    # A node, not a hook: torch refuses to change its output in place, after which a hook would be lost without a word.
     return x if _is_alone(group) else cast(Tensor, _CopyTo.apply(x, group))
 
 

@@ -5,7 +5,8 @@
              <-------------------------------------------------
                  backward_group: gradients, stage + 1 -> stage
 
-Each stage computes shape and dtype of every message from its own copy of the batch, so no header is ever sent.
+Each stage knows shape and dtype of every message beforehand; only outside training, sizes that depend on a cache are
+sent ahead of it.
 """
 
 from dataclasses import dataclass, field
@@ -79,16 +80,17 @@ class StageLinks:
         """Post the receive of a gradient of `shape` from the next stage."""
         return self._recv(shape, dtype, self.mesh.pp.rank + 1, self.mesh.backward_group)
 
-    def tell_next(self, number: int) -> None:
-        """Give the next stage a number, over the host's group."""
-        message = torch.tensor([number], dtype=torch.int64)
-        self._start(message, self.mesh.pp.rank + 1, self.mesh.replica_control)
+    def tell_shapes(self, shapes: list[tuple[int, ...]]) -> None:
+        """Tell the next stage the sizes of tensors that follow, over the host's group."""
+        target = self.mesh.pp.global_ranks[self.mesh.pp.rank + 1]
+        dist.send_object_list([shapes], target, group=self.mesh.replica_control)
 
-    def hear_previous(self) -> int:
-        """The number that the stage before gave."""
-        message = torch.empty(1, dtype=torch.int64)
-        dist.recv(message, self.mesh.pp.global_ranks[self.mesh.pp.rank - 1], group=self.mesh.replica_control)
-        return int(message)
+    def hear_shapes(self) -> list[tuple[int, ...]]:
+        """What the stage before told."""
+        message: list[list[tuple[int, ...]]] = [[]]
+        source = self.mesh.pp.global_ranks[self.mesh.pp.rank - 1]
+        dist.recv_object_list(message, source, group=self.mesh.replica_control)
+        return message[0]
 
     def drain(self) -> None:
         """Wait until every message that was sent has left its buffer."""

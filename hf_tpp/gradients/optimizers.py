@@ -24,7 +24,7 @@ def refuse_whole_tensor_optimizers(parameters: Iterable[torch.nn.Parameter]) -> 
     """From now on raise when an optimizer with whole-tensor statistics steps on any of `parameters`.
 
     Args:
-        parameters: Those that are cut over tensor-parallel ranks; held weakly.
+        parameters: Those that are cut over ranks; held weakly.
     """
     sharded = {id(parameter): weakref.ref(parameter) for parameter in parameters}
     seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -39,8 +39,9 @@ def refuse_whole_tensor_optimizers(parameters: Iterable[torch.nn.Parameter]) -> 
         names = {kind.__name__ for kind in type(optimizer).__mro__} & WHOLE_TENSOR_OPTIMIZERS
         if names and any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"]):
             raise ConfigurationError(
-                f"{names.pop()} keeps statistics over whole tensors, and with tp > 1 a rank has only shards: use an "
-                f"elementwise optimizer such as AdamW, or tp=1 (pp and data parallelism keep tensors whole)"
+                f"{names.pop()} keeps statistics over whole tensors, and with tp > 1 or data_parallel='fully_shard' a "
+                f"rank has only shards: use an elementwise optimizer such as AdamW, or tp=1 (pp and replicated data "
+                f"parallelism keep tensors whole)"
             )
         seen.add(optimizer)
 

@@ -2,8 +2,8 @@
 
 who holds it                                     summed over                  when
 tp ranks that share a replicated KV head         those neighbours             before the release
-all tp ranks, each having seen its own tokens    the tp axis                  before the release
-first and last stage (tied embedding)            the two ends                 before the release
+all tp ranks, each with its own tokens or heads  the tp axis                  before the release
+stages that share it (tied embedding)            those stages                 before the release
 replicas                                         the dp axis, mean            after backward, unless in no_sync()
 """
 
@@ -42,22 +42,23 @@ def sum_shared_gradients(
     """
     result = list(gradients)
     if mesh.tp.size > 1:
-        _sum_sequence_shards(result, specs, mesh)
+        _sum_partial(result, specs, mesh)
         _sum_replicated_heads(result, specs, mesh)
-    for index, spec in enumerate(specs):
-        if spec.num_stages > 1:
-            gradient = result[index]
-            if gradient is None:  # one end did not use it: inputs_embeds stood in for the embedding
-                total = torch.zeros_like(parameters[index], memory_format=torch.contiguous_format)
-            else:
-                total = gradient.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(total, group=mesh.ends)
-            result[index] = total
+    shared = [index for index, spec in enumerate(specs) if len(spec.stages) > 1]
+    # A tied weight comes under its first name on one stage and under its last on another: order by what all know.
+    for index in sorted(shared, key=lambda index: specs[index].name):
+        gradient = result[index]
+        if gradient is None:  # this stage did not use it: inputs_embeds stood in for the embedding
+            total = torch.zeros_like(parameters[index], memory_format=torch.contiguous_format)
+        else:
+            total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=mesh.stage_group(specs[index].stages))
+        result[index] = total
     return result
 
 
-def _sum_sequence_shards(gradients: list[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh) -> None:
-    chosen = [i for i, spec in enumerate(specs) if spec.sequence_sharded and gradients[i] is not None]
+def _sum_partial(gradients: list[torch.Tensor | None], specs: Sequence[ShardSpec], mesh: ParallelMesh) -> None:
+    chosen = [i for i, spec in enumerate(specs) if spec.is_partial and gradients[i] is not None]
     for index in chosen:
         gradients[index] = gradients[index].clone(memory_format=torch.contiguous_format)  # type: ignore[union-attr]
     _all_reduce_buckets([gradients[i] for i in chosen], mesh.tp.group, 1.0)

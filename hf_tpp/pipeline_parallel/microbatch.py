@@ -13,14 +13,22 @@ import torch
 
 from hf_tpp.errors import BatchError
 
-__all__ = ["batch_rows", "count_label_tokens", "default_num_microbatches", "sequence_length", "split_batch"]
+__all__ = [
+    "batch_rows",
+    "check_padded_rows",
+    "count_label_tokens",
+    "default_num_microbatches",
+    "sequence_length",
+    "split_batch",
+]
 
+_WITHOUT_ROWS = frozenset({"logits_to_keep"})
 _TOKENS = {"input_ids": ("rows", "seq"), "inputs_embeds": ("rows", "seq", "hidden")}
 
 
-def default_num_microbatches(rows: int, pp_size: int) -> int:
-    """One row a microbatch, at most four microbatches per stage."""
-    return max(1, min(rows, 4 * pp_size))
+def default_num_microbatches(rows: int, pp_size: int, fewest_rows: int = 1) -> int:
+    """One row a microbatch, or `fewest_rows`; at most four microbatches per stage."""
+    return max(1, min(rows // fewest_rows, 4 * pp_size))
 
 
 def batch_rows(batch: Mapping[str, Any]) -> int:
@@ -43,8 +51,8 @@ def split_batch(batch: Mapping[str, Any], num_microbatches: int) -> list[dict[st
 
     Args:
         batch: Keyword arguments of the model. Tensors of two or more dimensions whose first is the number of rows are
-            cut; single numbers, and tensors whose first dimension is 1, go to every microbatch. A list of tensors is
-            taken as one tensor per microbatch.
+            cut; single numbers, tensors whose first dimension is 1, and which positions get logits, go to every
+            microbatch. A list of tensors is taken as one tensor per microbatch.
         num_microbatches: Wanted number; fewer if there are fewer rows.
 
     Returns:
@@ -68,8 +76,31 @@ def split_batch(batch: Mapping[str, Any], num_microbatches: int) -> list[dict[st
     return microbatches
 
 
+def check_padded_rows(microbatches: Sequence[Mapping[str, Any]], fewest_rows: int) -> None:
+    """Refuse microbatches whose padding the model would not mask as it does in the whole batch.
+
+    Args:
+        microbatches: Pieces of one batch.
+        fewest_rows: Rows that a microbatch with padding needs.
+
+    Raises:
+        BatchError: One with padding has fewer.
+    """
+    if fewest_rows == 1 or len(microbatches) == 1:
+        return
+    for microbatch in microbatches:
+        mask = microbatch.get("attention_mask")
+        if mask is not None and mask.shape[0] < fewest_rows and not bool(mask.all()):
+            rows = sum(batch_rows(part) for part in microbatches)
+            raise BatchError(
+                f"{rows} rows in {len(microbatches)} microbatches leave a padded row alone, and the model of this "
+                f"version of transformers masks padding only where there are {fewest_rows} rows: use "
+                f"num_microbatches={default_num_microbatches(rows, rows, fewest_rows)}, or transformers 5.17 or newer"
+            )
+
+
 def _has_rows(name: str, tensor: torch.Tensor, rows: int) -> bool:
-    if tensor.numel() == 1 or (tensor.dim() > 1 and tensor.shape[0] == 1):
+    if name in _WITHOUT_ROWS or tensor.numel() == 1 or (tensor.dim() > 1 and tensor.shape[0] == 1):
         return False
     if tensor.dim() == 1 or tensor.shape[0] != rows:
         raise BatchError(

@@ -3,7 +3,7 @@
 The list that is simulated, drawn and tested is the list that runs.
 """
 
-import math
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,15 @@ import torch
 
 from hf_tpp.collectives.p2p import Receipt, StageLinks
 from hf_tpp.mesh import ParallelMesh
-from hf_tpp.pipeline_parallel.schedule import Action, Kind, forward_only, one_f_one_b
-from hf_tpp.pipeline_parallel.stage import MicrobatchGraph, Stage, check_message
+from hf_tpp.pipeline_parallel.payload import LeafSpec, Payload
+from hf_tpp.pipeline_parallel.rehearsal import Rehearsal
+from hf_tpp.pipeline_parallel.schedule import Action, Kind, backward_only, forward_only, one_f_one_b
+from hf_tpp.pipeline_parallel.stage import Gradients, MicrobatchGraph, Stage, Traffic, check_message
 
-__all__ = ["KeptGradients", "PipelineRunner", "TimedAction"]
+__all__ = ["KeptGradients", "OpenPass", "PipelineRunner", "ReadOut", "TimedAction"]
 
-Message = tuple[tuple[int, ...], torch.dtype]
+ReadOut = Callable[[int, Any], Payload]
+"""The tensors that are taken from the model's output for a microbatch, given by its index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class PipelineRunner:
         stage: Forward and backward of one microbatch.
         mesh: Who the neighbours are.
         links: Messages to them.
+        rehearsal: What those messages are.
         record: If true, `timeline` holds the times of the last pass.
         timeline: The actions of the last pass with their times.
     """
@@ -71,150 +75,217 @@ class PipelineRunner:
     stage: Stage
     mesh: ParallelMesh
     links: StageLinks
+    rehearsal: Rehearsal
     record: bool = False
     timeline: list[TimedAction] = field(default_factory=list)
 
     def train(
         self,
         microbatches: Sequence[dict[str, Any]],
-        messages: Sequence[Message],
+        traffic: Sequence[Traffic],
         start_microbatch: Callable[[int], None],
-    ) -> tuple[torch.Tensor, KeptGradients]:
+        read_out: ReadOut,
+        gradients: Gradients,
+    ) -> tuple[list[Payload], KeptGradients]:
         """Forwards and backwards of all microbatches in 1F1B order.
 
         Args:
             microbatches: Keyword arguments of the model, one dict each.
-            messages: Shape and type of each microbatch's hidden states between stages.
+            traffic: What each microbatch receives and sends.
             start_microbatch: Called before each forward with the microbatch's index.
+            read_out: What is taken from each output.
+            gradients: One, or None, for each tensor that is read out; the same for all microbatches.
 
         Collective: every rank of the replica calls it with the same batch.
 
         Returns:
-            The summed loss (zero except on the last stage) and the gradients of the stage's parameters.
+            What was read out of each microbatch (nothing except on the last stage), and the gradients of the stage's
+            parameters.
         """
-        execution = _Execution(self, microbatches, messages, start_microbatch)
+        execution = _Execution(self, microbatches, traffic, start_microbatch, read_out)
+        execution.output_gradients = [gradients] * len(microbatches)
         pp = self.mesh.pp
         execution.run(one_f_one_b(pp.rank, pp.size, len(microbatches)))
-        return execution.loss, execution.gradients
+        return execution.outputs, execution.gradients
+
+    def open(
+        self,
+        microbatches: Sequence[dict[str, Any]],
+        traffic: Sequence[Traffic],
+        start_microbatch: Callable[[int], None],
+        read_out: ReadOut,
+    ) -> "OpenPass":
+        """Forwards of all microbatches, with their graphs, for backwards that come later.
+
+        Args:
+            microbatches: Keyword arguments of the model, one dict each.
+            traffic: What each microbatch receives and sends.
+            start_microbatch: Called before each forward with the microbatch's index.
+            read_out: What is taken from each output.
+
+        Collective: every rank of the replica calls it with the same batch.
+        """
+        execution = _Execution(self, microbatches, traffic, start_microbatch, read_out)
+        pp = self.mesh.pp
+        execution.run(forward_only(pp.rank, pp.size, len(microbatches)))
+        return OpenPass(execution)
 
     def evaluate(
         self,
         microbatches: Sequence[dict[str, Any]],
-        messages: Sequence[Message],
+        traffic: Sequence[Traffic],
         start_microbatch: Callable[[int], None],
     ) -> list[Any]:
         """Forwards of all microbatches.
 
         Args:
             microbatches: Keyword arguments of the model, one dict each.
-            messages: Shape and type of each microbatch's hidden states between stages.
+            traffic: What each microbatch receives and sends.
             start_microbatch: Called before each forward with the microbatch's index.
 
         Returns:
             The model's outputs in order on the last stage, an empty list elsewhere.
         """
-        execution = _Execution(self, microbatches, messages, start_microbatch)
+        execution = _Execution(self, microbatches, traffic, start_microbatch)
         pp = self.mesh.pp
-        execution.run(forward_only(pp.rank, pp.size, len(microbatches)), with_graph=False)
+        execution.run(forward_only(pp.rank, pp.size, len(microbatches)))
         return execution.outputs
 
 
+class OpenPass:
+    """Forwards that have run, and keep their graphs until `finish`, or until nobody holds this any more."""
+
+    def __init__(self, execution: "_Execution") -> None:
+        self._execution = execution
+
+    @property
+    def outputs(self) -> list[Payload]:
+        """What was read out of each microbatch, detached; nothing except on the last stage."""
+        return self._execution.outputs
+
+    def finish(self, gradients: Sequence[Gradients]) -> KeptGradients:
+        """Backwards of all microbatches; only once.
+
+        Args:
+            gradients: Of what was read out of each microbatch; not looked at except on the last stage.
+
+        Collective: every rank of the replica, whatever other passes are open.
+
+        Returns:
+            The gradients of the stage's parameters.
+        """
+        execution, pp = self._execution, self._execution.runner.mesh.pp
+        execution.output_gradients = gradients
+        execution.run(backward_only(pp.rank, pp.size, len(execution.microbatches)))
+        return execution.gradients
+
+
 class _Execution:
-    """The state of one pass over a schedule."""
+    """The state of one pass over a schedule; without `read_out`, forwards leave no graphs."""
 
     def __init__(
         self,
         runner: PipelineRunner,
         microbatches: Sequence[dict[str, Any]],
-        messages: Sequence[Message],
+        traffic: Sequence[Traffic],
         start_microbatch: Callable[[int], None],
+        read_out: ReadOut | None = None,
     ) -> None:
-        self.runner, self.microbatches, self.messages = runner, microbatches, messages
-        self.start_microbatch = start_microbatch
+        self.runner, self.microbatches, self.traffic = runner, microbatches, traffic
+        self.start_microbatch, self.read_out = start_microbatch, read_out
         self.stage, self.links = runner.stage, runner.links
         self.is_last = runner.mesh.pp.is_last
-        self.activations: dict[int, Receipt] = {}
-        self.gradients_in: dict[int, Receipt] = {}
+        self.activations: dict[int, list[Receipt]] = {}
+        self.gradients_in: dict[int, list[Receipt]] = {}
         self.graphs: dict[int, MicrobatchGraph] = {}
-        self.to_send: dict[int, torch.Tensor] = {}
+        self.to_send: dict[int, Payload] = {}
         self.outputs: list[Any] = []
+        self.output_gradients: Sequence[Gradients] = ()
+        self.timeline: list[TimedAction] = []
         self.started = 0.0
-        self.loss = torch.zeros((), device=runner.mesh.device)
         self.gradients = KeptGradients(len(runner.stage.parameters))
 
-    def run(self, schedule: Sequence[Action], with_graph: bool = True) -> None:
+    def run(self, schedule: Sequence[Action]) -> None:
         """Execute the actions in order."""
-        self.links.open(max(math.prod(shape) * dtype.itemsize for shape, dtype in self.messages))
+        self.links.open(max(traffic.num_bytes for traffic in self.traffic))
         execute: dict[Kind, Callable[[int], None]] = {
             Kind.RECV_FORWARD: self._recv_forward,
-            Kind.FORWARD: self._forward if with_graph else self._evaluate,
-            Kind.SEND_FORWARD: lambda index: self.links.send_forward(self.to_send.pop(index)),
+            Kind.FORWARD: self._forward if self.read_out is not None else self._evaluate,
+            Kind.SEND_FORWARD: self._send_forward,
             Kind.RECV_BACKWARD: self._recv_backward,
             Kind.BACKWARD: self._backward,
-            Kind.SEND_BACKWARD: lambda index: self.links.send_backward(self.to_send.pop(index)),
+            Kind.SEND_BACKWARD: self._send_backward,
         }
-        timeline = []
         for action in schedule:
             self.started = time.perf_counter()
             execute[action.kind](action.microbatch)
             if self.runner.record:
-                timeline.append(TimedAction(action, self.started, time.perf_counter()))
+                self.timeline.append(TimedAction(action, self.started, time.perf_counter()))
         self.links.drain()
-        self.runner.timeline = timeline
+        self.runner.timeline = self.timeline
 
     def _recv_forward(self, index: int) -> None:
-        self.activations[index] = self.links.recv_forward(*self.messages[index])
+        receives = self.traffic[index].receives
+        assert receives is not None
+        if self.traffic[index].has_headers:
+            return  # sizes come with the message
+        self.activations[index] = [self.links.recv_forward(leaf.shape, leaf.dtype) for leaf in receives.leaves]
 
     def _recv_backward(self, index: int) -> None:
-        self.gradients_in[index] = self.links.recv_backward(*self.messages[index])
+        sends = self.traffic[index].sends
+        assert sends is not None
+        graded: list[LeafSpec] = [leaf for leaf in sends.leaves if leaf.needs_grad]
+        self.gradients_in[index] = [self.links.recv_backward(leaf.shape, leaf.dtype) for leaf in graded]
 
-    def _received(self, index: int) -> torch.Tensor | None:
-        receipt = self.activations.pop(index, None)
-        if receipt is None:
+    def _send_forward(self, index: int) -> None:
+        for tensor in self.to_send.pop(index):
+            self.links.send_forward(tensor)
+
+    def _send_backward(self, index: int) -> None:
+        for tensor in self.to_send.pop(index):
+            self.links.send_backward(tensor)
+
+    def _wait(self, receipts: list[Receipt] | None) -> Payload | None:
+        if receipts is None:
             return None
-        if self.stage.flow.tuple_length is None:
-            self.stage.flow.tuple_length = self.links.hear_previous()
-        return self._wait(receipt)
-
-    def _wait(self, receipt: Receipt) -> torch.Tensor:
-        message = receipt.wait()
+        payload = tuple(receipt.wait() for receipt in receipts)
         self.started = time.perf_counter()
-        return message
-
-    def _tell_convention(self, is_first_time: bool) -> None:
-        """The first forward of all shows what the blocks return; the stages behind must know before theirs."""
-        if is_first_time and not self.is_last:
-            assert self.stage.flow.tuple_length is not None
-            self.links.tell_next(self.stage.flow.tuple_length)
+        return payload
 
     def _forward(self, index: int) -> None:
-        is_first_time = self.stage.flow.tuple_length is None
-        received = self._received(index)
+        received = self._wait(self.activations.pop(index, None))
         self.start_microbatch(index)
-        self.graphs[index], result = self.stage.forward(self.microbatches[index], received, self.messages[index])
-        self._tell_convention(is_first_time)
+        assert self.read_out is not None
+        microbatch, traffic = self.microbatches[index], self.traffic[index]
+        read_out = functools.partial(self.read_out, index)
+        self.graphs[index], result = self.stage.forward(microbatch, received, traffic, read_out)
         if self.is_last:
-            self.loss = self.loss + result
+            self.outputs.append(result)
         else:
             self.to_send[index] = result
 
     def _evaluate(self, index: int) -> None:
-        is_first_time = self.stage.flow.tuple_length is None
-        received = self._received(index)
+        traffic = self.traffic[index]
+        if traffic.has_headers and traffic.receives is not None:
+            types = [leaf.dtype for leaf in traffic.receives.leaves]
+            shapes = zip(self.links.hear_shapes(), types, strict=True)
+            self.activations[index] = [self.links.recv_forward(shape, dtype) for shape, dtype in shapes]
+        received = self._wait(self.activations.pop(index, None))
         self.start_microbatch(index)
-        result = self.stage.run(self.microbatches[index], received)
-        if self.is_last:
+        result = self.stage.run(self.microbatches[index], received, traffic)
+        if traffic.sends is None:
             self.outputs.append(result)
+            return
+        if traffic.has_headers:
+            self.links.tell_shapes([tuple(tensor.shape) for tensor in result])
         else:
-            check_message(result, *self.messages[index])
-            self.to_send[index] = result
-        self._tell_convention(is_first_time)
+            check_message(result, traffic.sends)
+        self.to_send[index] = result
 
     def _backward(self, index: int) -> None:
-        receipt = self.gradients_in.pop(index, None)
-        gradient = None if receipt is None else self._wait(receipt)
-        received = self.graphs[index].received
-        to_stage_before, gradients = self.stage.backward(self.graphs.pop(index), gradient)
+        received = self._wait(self.gradients_in.pop(index, None))
+        gradients_in = self.output_gradients[index] if received is None else received
+        to_stage_before, gradients = self.stage.backward(self.graphs.pop(index), gradients_in)
         self.gradients.add(gradients)
-        if received is not None:
-            self.to_send[index] = torch.zeros_like(received) if to_stage_before is None else to_stage_before
+        if not self.runner.mesh.pp.is_first:
+            self.to_send[index] = to_stage_before

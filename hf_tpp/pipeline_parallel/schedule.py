@@ -143,6 +143,30 @@ def forward_only(stage: int, num_stages: int, num_microbatches: int) -> list[Act
     return _with_communication([Action(Kind.FORWARD, m) for m in range(num_microbatches)], stage, num_stages)
 
 
+def backward_only(stage: int, num_stages: int, num_microbatches: int) -> list[Action]:
+    """The second half of a pass whose gradients come from outside, after `forward_only`: every backward in order.
+
+        slot     0         5         10
+        stage 0  0 1 2 . . . <0> <1> <2>
+        stage 1  . 0 1 2 <0> <1> <2> . .
+
+    The two lists one after the other are a complete schedule (GPipe's): its bubble is that of 1F1B, but all m
+    microbatches are in flight on every stage.
+
+    Args:
+        stage: Index of the stage, 0 to num_stages - 1.
+        num_stages: p, at least 1.
+        num_microbatches: m, at least 1.
+
+    Returns:
+        The actions of this stage, in the order in which to issue them.
+
+    Source: Huang et al. 2019, "GPipe".
+    """
+    _check_sizes(stage, num_stages, num_microbatches)
+    return _with_communication([Action(Kind.BACKWARD, m) for m in range(num_microbatches)], stage, num_stages)
+
+
 def _check_sizes(stage: int, num_stages: int, num_microbatches: int) -> None:
     if num_stages < 1 or num_microbatches < 1:
         raise ScheduleError(

@@ -7,140 +7,166 @@
     layer 2, 3    real
     layer 4       takes what layer 3 gave: the message to the next stage; stops the forward
 
-A hollow layer is the same object with the same attributes, without parameters.
+A hollow layer is the same object with the same attributes, without parameters. Parameters outside the blocks are on the
+stages whose blocks use them; elsewhere zeros stand in for them that take no memory.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
-from hf_tpp.errors import UnsupportedModelError
 from hf_tpp.parts import ModelParts
-from hf_tpp.pipeline_parallel.cache import hold_length
+from hf_tpp.pipeline_parallel.cache import cache_layers, hold_length
+from hf_tpp.pipeline_parallel.flow import StageFlow
+from hf_tpp.pipeline_parallel.routers import watch_routers
 
-__all__ = ["StageComplete", "StageFlow", "hollow_out"]
-
-
-class StageComplete(BaseException):
-    """Raised by the first layer behind this stage: the forward of this stage is done.
-
-    It is no error, and no `except Exception` in a model may swallow it.
-    """
+__all__ = ["hollow_out"]
 
 
-@dataclass(slots=True)
-class StageFlow:
-    """What flows through a stage's hollow layers in the forward pass of one microbatch.
-
-    Attributes:
-        received: Hidden states from the stage before, [batch, seq, hidden]; None on the first stage.
-        output: Hidden states for the next stage; None on the last stage.
-        tuple_length: What the model's blocks return: 0 is the hidden states alone, n a tuple of n with the hidden
-            states first. Hollow layers must do the same; a stage learns it from the stage before it, once.
-    """
-
-    received: torch.Tensor | None = field(default=None, repr=False)
-    output: torch.Tensor | None = field(default=None, repr=False)
-    tuple_length: int | None = None
-
-
-def hollow_out(model: nn.Module, parts: ModelParts, blocks: range, flow: StageFlow) -> None:
+def hollow_out(
+    model: nn.Module,
+    parts: ModelParts,
+    blocks: range,
+    needed: Collection[str],
+    flow: StageFlow,
+    device: torch.device,
+) -> None:
     """Hollow every part of `model` that does not belong to the stage with `blocks`, in place.
 
     Args:
         model: The whole model.
         parts: Its parts.
         blocks: Indices of the stage's own blocks.
-        flow: What the hollow layers hand on and take.
+        needed: Names of the parameters outside the blocks that this stage uses.
+        flow: What the hollow layers hand on and take; says which earlier blocks' outputs go along.
+        device: Where stand-ins live.
     """
-    is_first, is_last = blocks.start == 0, blocks.stop == parts.num_blocks
     block_list = model.get_submodule(parts.blocks)
     assert isinstance(block_list, nn.ModuleList)
+    own = {module for index in blocks for module in block_list[index].modules()}
     for index, block in enumerate(block_list):
         if index not in blocks:
-            _drop_tensors(block)
-            hand_on = index < blocks.start
-            block.forward = _receive(flow, index) if hand_on else _complete(flow)
-    block_list[blocks[-1]].register_forward_hook(_note_convention(flow))
-    if not is_first:
-        _hollow_embedding(model.get_submodule(parts.embedding))
-        for name in parts.before:
-            _hollow_before(model.get_submodule(name))
-    if not is_last:
-        for name in (*parts.after, parts.head):
-            module = model.get_submodule(name)
-            if any(True for _ in module.parameters()):
-                _drop_tensors(module)
+            is_ahead = index < blocks.start
+            hollow = _receive(block, flow, index) if is_ahead else _complete(block, flow, block_list[index:], index)
+            _drop_tensors(block, own)
+            block.forward = hollow
+    if blocks.stop < parts.num_blocks:
+        _watch(block_list[0], block_list[blocks[-1]], flow)
+        for index in (index for index in flow.history if index in blocks):
+            block_list[index].register_forward_hook(_note_earlier(flow, index))
+    if blocks.start:
+        _watch_entry(block_list[blocks.start], flow)
+    watch_routers(model, parts, blocks, flow.routers)
+    embedding = model.get_submodule(parts.embedding)
+    if f"{parts.embedding}.weight" not in needed:
+        _hollow_embedding(embedding, flow)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not parts.is_in_block(name) and name not in needed:
+            _stand_in(model, name, parameter, device)
 
 
-def _receive(flow: StageFlow, layer_index: int) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        assert flow.received is not None
-        hold_length((*args, *kwargs.values()), layer_index, flow.received)
-        if not flow.tuple_length:
-            return flow.received
-        return flow.received, *[None] * (flow.tuple_length - 1)
+def _watch(first: nn.Module, last: nn.Module, flow: StageFlow) -> None:
+    names = _argument_names(first)
 
-    return forward
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        flow.see_arguments(_named(names, args, kwargs))
+
+    def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return flow.note_output(output)
+
+    first.register_forward_pre_hook(see, with_kwargs=True)
+    last.register_forward_hook(note)
 
 
-def _note_convention(flow: StageFlow) -> Callable[..., None]:
-    def note(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            unknown = [type(extra).__name__ for extra in output[1:] if not (extra is None or isinstance(extra, Cache))]
-            if unknown:
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} returns {', '.join(unknown)} beside the hidden states, which would be "
-                    f"lost between stages: use pp=1 for this model"
-                )
-        flow.tuple_length = len(output) if isinstance(output, tuple) else 0
+def _watch_entry(block: nn.Module, flow: StageFlow) -> None:
+    names = _argument_names(block)
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if flow.expected is not None or flow.stops_at_entry:
+            flow.enter(_named(names, args, kwargs))
+
+    block.register_forward_pre_hook(enter, with_kwargs=True)
+
+
+def _note_earlier(flow: StageFlow, index: int) -> Callable[..., Any]:
+    def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return flow.note_earlier(index, output)
 
     return note
 
 
-def _complete(flow: StageFlow) -> Callable[..., torch.Tensor]:
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        output = args[0] if args else kwargs["hidden_states"]
-        if not isinstance(output, torch.Tensor):
-            raise UnsupportedModelError(
-                f"a block hands a {type(output).__name__} to the next one where a stage can only send one tensor: "
-                f"use pp=1 for this model"
-            )
-        flow.output = output
-        raise StageComplete
+def _argument_names(block: nn.Module) -> list[str]:
+    return [name for name in inspect.signature(block.forward).parameters if name != "self"]
+
+
+def _named(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _receive(block: nn.Module, flow: StageFlow, layer_index: int) -> Callable[..., Any]:
+    names, layers = _argument_names(block), cache_layers(block, layer_index)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        flow.check_running()
+        hold_length((*args, *kwargs.values()), layers, flow)
+        return flow.hand_on(_named(names, args, kwargs), layer_index)
 
     return forward
 
 
-def _hollow_embedding(embedding: nn.Module) -> None:
+def _complete(block: nn.Module, flow: StageFlow, rest: Iterable[nn.Module], index: int) -> Callable[..., None]:
+    names = _argument_names(block)
+    layers = [layer for place, other in enumerate(rest, index) for layer in cache_layers(other, place)]
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        flow.check_running()
+        hold_length((*args, *kwargs.values()), layers, flow)
+        flow.complete(_named(names, args, kwargs))
+
+    return forward
+
+
+def _hollow_embedding(embedding: nn.Module, flow: StageFlow) -> None:
     """Zeros in place of the rows: [batch, seq] -> [batch, seq, hidden]."""
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
     hidden_size, dtype = weight.shape[1], weight.dtype
 
     def forward(token_ids: torch.Tensor) -> torch.Tensor:
+        flow.check_running()
         return torch.zeros((*token_ids.shape, hidden_size), dtype=dtype, device=token_ids.device)
 
-    _drop_tensors(embedding)
     embedding.forward = forward
 
 
-def _hollow_before(module: nn.Module) -> None:
-    """A part that runs ahead of the first block: its result is never used on a later stage."""
-    if isinstance(module, nn.Embedding):
-        _hollow_embedding(module)
-    elif any(True for _ in module.parameters()):
-        _drop_tensors(module)
-        module.forward = lambda x, *_, **__: x
+def _stand_in(model: nn.Module, name: str, parameter: torch.Tensor, device: torch.device) -> None:
+    """An attribute in place of the parameter, so that code which reads it ahead of the blocks still runs."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    del module._parameters[attribute]
+    zero = torch.zeros((), dtype=parameter.dtype, device=device)
+    object.__setattr__(module, attribute, zero.expand(parameter.shape))
 
 
-def _drop_tensors(module: nn.Module) -> None:
+def _drop_tensors(module: nn.Module, own: Collection[nn.Module]) -> None:
+    """Take the tensors out of `module`, but for what this stage's own blocks share with it.
+
+    Empty tensors take their place: some models read the type of a weight in another block, or scale it.
+    """
     for submodule in module.modules():
-        for name in list(submodule._parameters):
-            submodule.register_parameter(name, None)
-        for name in list(submodule._buffers):
-            submodule.register_buffer(name, None)
+        if submodule in own:
+            continue
+        for tensors in (submodule._parameters, submodule._buffers):
+            for name, tensor in list(tensors.items()):
+                del tensors[name]
+                object.__setattr__(submodule, name, None if tensor is None else _empty(submodule, tensor))
+
+
+def _empty(owner: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(owner, Conv1D):  # its sizes are written nowhere but in its weight, where peft reads them
+        return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return torch.empty(0, dtype=tensor.dtype)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from hf_tpp.errors import ConfigurationError
 
-__all__ = ["Block", "Layout", "Segment", "padded_vocabulary"]
+__all__ = ["Block", "Layout", "Segment", "padded_vocabulary", "whole_vocabulary"]
 
 # Below this size the padding of a vocabulary shard would be a visible share of the work.
 _ALIGN_FROM = 4096
@@ -137,6 +137,15 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> Layout:
         Layout whose shards all have the same size; entries past `vocab_size` are padding.
     """
     local_size = -(-vocab_size // tp_size)
-    if tp_size > 1 and local_size >= _ALIGN_FROM:
-        local_size = -(-local_size // _ALIGNMENT) * _ALIGNMENT
+    if tp_size > 1:
+        local_size = _aligned(local_size)
     return Layout((Block(vocab_size),), padded_local_size=local_size)
+
+
+def whole_vocabulary(vocab_size: int, aligns: bool) -> Layout:
+    """A vocabulary in one piece, padded for the same reason if `aligns`."""
+    return Layout((Block(vocab_size),), padded_local_size=_aligned(vocab_size) if aligns else vocab_size)
+
+
+def _aligned(size: int) -> int:
+    return size if size < _ALIGN_FROM else -(-size // _ALIGNMENT) * _ALIGNMENT

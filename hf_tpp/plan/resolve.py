@@ -1,19 +1,17 @@
-"""From a family's table row to layouts for one configuration, or a refusal with the nearest sizes that work."""
+"""From what the channels are to where they are cut, for one module's sizes; or a refusal with the nearest sizes."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hf_tpp.errors import ConfigurationError, UnsupportedModelError
-from hf_tpp.plan.families import FAMILIES
+from hf_tpp.errors import ConfigurationError
 from hf_tpp.plan.layout import Block, Layout
-from hf_tpp.plan.rules import Family, Fused, Region, RegionRule, Units
+from hf_tpp.plan.rules import Channels
 
-__all__ = ["HeadCounts", "family_of", "resolve_region"]
+__all__ = ["HeadCounts", "channel_layout", "row_layout"]
 
 
 @dataclass(frozen=True, slots=True)
 class HeadCounts:
-    """Attention heads of a model: `num_heads` query heads, `num_kv_heads` key/value heads."""
+    """Attention heads of a module: `num_heads` query heads, `num_kv_heads` key/value heads."""
 
     num_heads: int
     num_kv_heads: int
@@ -30,67 +28,67 @@ class HeadCounts:
                 f"key/value heads: use {nearest}"
             )
 
+    def local(self, tp_size: int, in_pairs: bool) -> "HeadCounts":
+        """The heads on one rank; `in_pairs`: it holds both heads of each pair."""
+        together = 2 if in_pairs else 1
+        return HeadCounts(self.num_heads // tp_size, together * max(self.num_kv_heads // together // tp_size, 1))
+
     def _fits(self, tp_size: int) -> bool:
         kv_fits = self.num_kv_heads % tp_size == 0 or tp_size % self.num_kv_heads == 0
         return self.num_heads % tp_size == 0 and kv_fits
 
 
-def family_of(model_type: str) -> Family:
-    """The table row of a `model_type`.
-
-    Raises:
-        UnsupportedModelError: The family has no row.
-    """
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedModelError(
-            f"the model family {model_type!r} has no tensor-parallel plan and is not known to be exact in parallel: "
-            f"use one of {known}"
-        )
-    return FAMILIES[model_type]
-
-
-def resolve_region(
-    region: Region, heads: HeadCounts, column_sizes: Mapping[str, int], row_size: int, tp_size: int
-) -> RegionRule:
-    """Work out the layouts of one region.
+def channel_layout(kind: Channels, heads: HeadCounts | None, size: int, tp_size: int) -> Layout | None:
+    """The layout of `size` output channels of a column linear.
 
     Args:
-        region: The family's table row.
-        heads: Head counts of the model.
-        column_sizes: Child name -> output channels of the full linear.
-        row_size: Input channels of the full row linear.
+        kind: What the channels are.
+        heads: Head counts of the module; None for an MLP.
+        size: Number of channels in the full layer.
         tp_size: Number of tensor-parallel ranks.
 
     Returns:
-        The region with a layout for every linear and the local values of the parent's attributes.
+        The layout, or None if the channels are not made of equal units or the units do not divide.
     """
-    attention = any(kind is not Units.NEURONS for kind in region.columns.values())
-    columns = {name: _column_layout(kind, heads, column_sizes[name]) for name, kind in region.columns.items()}
-    row = _units(heads.num_heads if attention else row_size, row_size)
-    attributes: dict[str, int] = {}
-    if region.group_size is not None:
-        local_kv_heads = max(heads.num_kv_heads // tp_size, 1)
-        attributes[region.group_size] = heads.num_heads // tp_size // local_kv_heads
-    return RegionRule(region, columns, row, attributes)
-
-
-def _column_layout(kind: Units | Fused, heads: HeadCounts, size: int) -> Layout:
+    if kind is Channels.NEURONS:
+        return _blocks(1, size, size)
+    if kind is Channels.NEURON_PAIRS:
+        return _blocks(1, size // 2, size) if size % 2 == 0 else None
+    if kind is Channels.TWO_HALVES:
+        return _blocks(2, size // 2, size) if size % 2 == 0 else None
+    assert heads is not None
     match kind:
-        case Units.NEURONS:
-            return _units(size, size)
-        case Units.QUERY_HEADS | Fused.QKV_PER_HEAD:
-            return _units(heads.num_heads, size)
-        case Units.KEY_VALUE_HEADS:
-            return _units(heads.num_kv_heads, size)
-        case Fused.QKV_BLOCKS:
-            head_size = size // (heads.num_heads + 2 * heads.num_kv_heads)
+        case Channels.QUERY_HEADS | Channels.QKV_PER_HEAD:
+            return _blocks(1, heads.num_heads, size)
+        case Channels.KEY_VALUE_HEADS:
+            return _blocks(1, heads.num_kv_heads, size)
+        case Channels.QKV_PER_GROUP:
+            return _blocks(1, heads.num_kv_heads, size) if heads.num_kv_heads % tp_size == 0 else None
+        case Channels.QKV_BLOCKS:
+            head_size, rest = divmod(size, heads.num_heads + 2 * heads.num_kv_heads)
             counts = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
-            return Layout(tuple(Block(count, head_size) for count in counts))
+            return None if rest else Layout(tuple(Block(count, head_size) for count in counts))
+        case Channels.QVK_QUARTERS:
+            return _blocks(12, heads.num_heads // 4, size) if heads.num_heads % (4 * tp_size) == 0 else None
+        case Channels.PAIRED_QUERY_HEADS:
+            return _blocks(2, heads.num_heads // 2, size) if heads.num_heads % (2 * tp_size) == 0 else None
+        case Channels.PAIRED_KEY_VALUE_HEADS:
+            pairs = heads.num_kv_heads // 2
+            return None if pairs % tp_size and tp_size % pairs else _blocks(2, pairs, size)
 
 
-def _units(num_units: int, size: int) -> Layout:
-    unit_size, rest = divmod(size, num_units)
-    if rest:
-        raise UnsupportedModelError(f"{size} channels are not made of {num_units} equal units: not a layout we know")
-    return Layout((Block(num_units, unit_size),))
+def row_layout(kinds: set[Channels], heads: HeadCounts | None, size: int) -> Layout | None:
+    """The layout of `size` input channels of a row linear behind columns of these kinds; None if they do not fit."""
+    if heads is None:
+        return _blocks(1, size, size)
+    if Channels.QVK_QUARTERS in kinds:
+        return _blocks(4, heads.num_heads // 4, size)
+    if Channels.PAIRED_QUERY_HEADS in kinds:
+        return _blocks(1, heads.num_heads // 2, size)
+    return _blocks(1, heads.num_heads, size)
+
+
+def _blocks(num_blocks: int, units_each: int, size: int) -> Layout | None:
+    if units_each < 1 or size % (num_blocks * units_each):
+        return None
+    return Layout((Block(units_each, size // (num_blocks * units_each)),) * num_blocks)

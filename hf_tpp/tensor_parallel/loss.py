@@ -3,11 +3,16 @@
     loss_t = log sum_v exp(x_tv - max_t) + max_t - x_t,target
 
 Three numbers per token cross the group (the maximum; then sum and target logit in one message); the full logits never
-exist on any rank. Arithmetic in float32 whatever the logits' type.
+exist on any rank. Arithmetic is at least in float32, on a chunk of tokens at a time: no float32 copy
+of all logits exists either. The backward computes the exponentials again, from the logits in their own type.
+
+    kept for the backward    logits [tokens, V/t], in their own type; maximum and log of the sum, float32 [tokens]
+    made by the backward     their gradient, in their own type; float32 [chunk, V/t]
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -19,6 +24,9 @@ from hf_tpp.plan.layout import Layout
 __all__ = ["VocabParallelCausalLMLoss", "vocab_parallel_cross_entropy"]
 
 Group = dist.ProcessGroup | None
+
+_CHUNK_SIZE = 2**24
+"""Logits that are in float32 at a time: enough to keep a GPU busy."""
 
 
 def vocab_parallel_cross_entropy(
@@ -56,30 +64,41 @@ class _CrossEntropy(torch.autograd.Function):
         is_here = (local_targets >= 0) & (local_targets < num_valid) & is_kept
         index = local_targets.where(is_here, 0).where(is_token, -1).unsqueeze(1)
 
-        exponentials = logits.float()
-        if exponentials is logits:
-            exponentials = logits.clone()
-        exponentials[:, num_valid:] = float("-inf")
-        maximum = exponentials.amax(dim=1)
+        valid = logits[:, :num_valid]
+        maximum = valid.amax(dim=1) if num_valid else valid.new_full(targets.shape, -torch.inf)
+        maximum = maximum.to(torch.promote_types(logits.dtype, torch.float32))
         _all_reduce(maximum, dist.ReduceOp.MAX, group)
-        exponentials -= maximum.unsqueeze(1)
-        target_logits = exponentials.gather(1, index).squeeze(1).where(is_here, 0.0)
-        exponentials.exp_()
-        sums = torch.stack([exponentials.sum(dim=1), target_logits])
+        target_logits = logits.gather(1, index).squeeze(1) - maximum
+        sums = torch.stack([torch.zeros_like(maximum), target_logits.where(is_here, 0.0)])
+        for rows in _chunks(logits):
+            sums[0, rows] = (valid[rows] - maximum[rows].unsqueeze(1)).exp_().sum(dim=1)
         _all_reduce(sums, dist.ReduceOp.SUM, group)
-        normalizer, target_logits = sums
-        ctx.save_for_backward(exponentials, normalizer, index, is_here, is_kept)
-        ctx.dtype = logits.dtype
-        losses: torch.Tensor = (normalizer.log() - target_logits).where(is_kept, 0.0)
+        log_normalizer, target_logits = sums[0].log(), sums[1]
+        ctx.save_for_backward(logits, maximum, log_normalizer, index, is_here, is_kept)
+        ctx.num_valid = num_valid
+        losses: torch.Tensor = (log_normalizer - target_logits).where(is_kept, 0.0).float()
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        exponentials, normalizer, index, is_here, is_kept = ctx.saved_tensors
-        upstream = gradients[0].where(is_kept, 0.0)
-        gradient = exponentials * (upstream / normalizer).unsqueeze(1)
-        gradient.scatter_add_(1, index, -upstream.where(is_here, 0.0).unsqueeze(1))
-        return gradient.to(ctx.dtype), None, None, None, None
+        logits, maximum, log_normalizer, index, is_here, is_kept = ctx.saved_tensors
+        upstream = gradients[0].where(is_kept, 0.0).unsqueeze(1).to(maximum.dtype)
+        of_target = upstream.where(is_here.unsqueeze(1), 0.0)
+        shift = (maximum + log_normalizer).unsqueeze(1)
+        gradient = torch.empty_like(logits)
+        gradient[:, ctx.num_valid :] = 0.0
+        for rows in _chunks(logits):
+            chunk = (logits[rows, : ctx.num_valid] - shift[rows]).exp_().mul_(upstream[rows])
+            if ctx.num_valid:
+                chunk.scatter_add_(1, index[rows], -of_target[rows])
+            gradient[rows, : ctx.num_valid] = chunk
+        return gradient, None, None, None, None
+
+
+def _chunks(logits: torch.Tensor) -> Iterator[slice]:
+    """Runs of rows of [tokens, V/t] that have at most `_CHUNK_SIZE` logits, or are one row."""
+    step = max(1, _CHUNK_SIZE // logits.shape[1])
+    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
 
 
 def _all_reduce(x: torch.Tensor, op: Any, group: Group) -> None:

@@ -4,21 +4,28 @@
 New modules are created on the meta device; their parameters are filled afterwards, shard by shard.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from hf_tpp.errors import UnsupportedModelError
+from hf_tpp.errors import ConfigurationError
 from hf_tpp.mesh import Axis
 from hf_tpp.parts import ModelParts
-from hf_tpp.plan.layout import Layout, padded_vocabulary
-from hf_tpp.plan.resolve import HeadCounts, family_of, resolve_region
-from hf_tpp.plan.rules import RegionRule
-from hf_tpp.tensor_parallel.embedding import VocabParallelEmbedding
-from hf_tpp.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, linear_sizes
-from hf_tpp.tensor_parallel.loss import VocabParallelCausalLMLoss
-from hf_tpp.tensor_parallel.region import RegionState, install_region_entry
+from hf_tpp.plan.layout import Layout
+from hf_tpp.plan.rules import Cut, RegionRule
+from hf_tpp.sharding import ShardSpec, local_shape
+from hf_tpp.tensor_parallel.attributes import set_attributes
+from hf_tpp.tensor_parallel.full_width import install_full_width
+from hf_tpp.tensor_parallel.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
+from hf_tpp.tensor_parallel.low_rank import LinearCuts, swap_linear
+from hf_tpp.tensor_parallel.matching import UserPlan, find_rule, resolve_user_region
+from hf_tpp.tensor_parallel.probe import probe_regions
+from hf_tpp.tensor_parallel.region import RegionState, install_region_entry, install_region_exit
+from hf_tpp.tensor_parallel.vocabulary import VocabularyPlan, apply_vocabulary, plan_vocabulary
+from hf_tpp.wrappers import is_wrapper
 
 __all__ = ["RewritePlan", "apply_rewrite", "plan_rewrite"]
 
@@ -29,73 +36,104 @@ class RewritePlan:
 
     Attributes:
         tp_size: Size of the tp axis.
-        regions: Name of a region's parent module -> its rule.
-        vocabulary: Layout of the vocabulary.
+        vocabulary: What happens to embedding and head.
+        regions: Name of a region's module -> its rule.
         cuts: Parameter name -> (dimension that is cut, its layout). Whatever is not named stays whole.
+        summed: Whole parameters of which each tp rank computes a part of the gradient.
+        declined: Name of a module that was probed and stays whole -> why.
     """
 
     tp_size: int
-    regions: dict[str, RegionRule]
-    vocabulary: Layout
-    cuts: dict[str, tuple[int, Layout]]
+    vocabulary: VocabularyPlan
+    regions: dict[str, RegionRule] = field(default_factory=dict)
+    cuts: dict[str, tuple[int, Layout]] = field(default_factory=dict)
+    summed: set[str] = field(default_factory=set)
+    declined: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def decisions(self) -> str:
+        """All that ranks must agree on, as text."""
+        attributes = {name: dict(rule.attributes) for name, rule in self.regions.items()}
+        return str((self.cuts, sorted(self.summed), attributes))
+
+    def add_linear(self, name: str, linear: LinearCuts) -> None:
+        """Note the cuts of a linear of this name."""
+        self.cuts.update({f"{name}.{parameter}": cut for parameter, cut in linear.cuts.items()})
+        self.summed.update(f"{name}.{parameter}" for parameter in linear.summed)
 
 
-def plan_rewrite(model: nn.Module, parts: ModelParts, tp_size: int) -> RewritePlan:
+def plan_rewrite(model: nn.Module, parts: ModelParts, tp_size: int, user: UserPlan | None = None) -> RewritePlan:
     """Work out all cuts of a model without changing it.
+
+    Args:
+        model: The whole model.
+        parts: Its parts.
+        tp_size: Number of tensor-parallel ranks.
+        user: Goes before what is found by names. What neither knows is probed, in code that transformers does not ship.
 
     Raises:
         ConfigurationError: The heads cannot be dealt out to `tp_size` ranks.
-        UnsupportedModelError: The family has no table row, or a block does not look like its row.
+        UnsupportedModelError: A part that would be cut is quantized or wrapped.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    family = family_of(config.model_type)
-    embedding = model.get_submodule(parts.embedding)
-    assert isinstance(embedding, nn.Embedding)
+    plan = RewritePlan(tp_size, plan_vocabulary(model, parts, tp_size))
     if tp_size == 1:
-        return RewritePlan(1, {}, padded_vocabulary(embedding.num_embeddings, 1), {})
-    num_heads = int(config.num_attention_heads)
-    heads = HeadCounts(num_heads, int(getattr(config, "num_key_value_heads", None) or num_heads))
-    heads.check(tp_size)
-    plan = RewritePlan(tp_size, {}, padded_vocabulary(embedding.num_embeddings, tp_size), {})
-    for index in range(parts.num_blocks):
-        for region in family.regions:
-            name = f"{parts.block_name(index)}.{region.parent}"
-            try:
-                parent = model.get_submodule(name)
-                sizes = {child: linear_sizes(parent.get_submodule(child)) for child in (*region.columns, region.row)}
-            except (AttributeError, ValueError) as error:
-                raise UnsupportedModelError(
-                    f"{name} does not look like a block of {config.model_type} ({error}): "
-                    f"pass the model before it is quantized, wrapped or given adapters"
-                ) from error
-            rule = resolve_region(
-                region, heads, {child: sizes[child][1] for child in region.columns}, sizes[region.row][0], tp_size
-            )
+        return plan
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    user = user or {}
+    _check_names(user, model, parts)
+    chosen_by_user: list[str] = []
+    for name, module in _modules_of_blocks(model, parts):
+        chosen = next((pattern for pattern in user if fnmatchcase(name, pattern)), None)
+        if chosen is None:
+            rule = find_rule(name, module, config, tp_size)
+        else:
+            chosen_by_user.append(name)
+            region = user[chosen]
+            rule = None if region is None else resolve_user_region(name, module, region, config, tp_size)
+        if rule is not None:
             plan.regions[name] = rule
-            _add_cuts(plan, name, parent, rule)
-    _add_vocabulary(plan, model, parts)
+    if not parts.is_shipped(model):
+        probed = probe_regions(model, parts, config, tp_size, {*plan.regions, *chosen_by_user})
+        plan.regions.update(probed.rules)
+        plan.declined.update(probed.declined)
+    for name, rule in plan.regions.items():
+        _add_cuts(plan, name, model.get_submodule(name), rule)
+    plan.cuts.update(plan.vocabulary.cuts)
+    plan.summed.update(plan.vocabulary.summed)
     return plan
 
 
-def _add_cuts(plan: RewritePlan, name: str, parent: nn.Module, rule: RegionRule) -> None:
+def _check_names(user: UserPlan, model: nn.Module, parts: ModelParts) -> None:
+    names = [name for name, _ in _modules_of_blocks(model, parts)]
+    for pattern in user:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigurationError(
+                f"plan names {pattern!r}, which is no module of a block of {type(model).__name__}: use names such as "
+                f"{names[1]!r}, with * for the number"
+            )
+
+
+def _modules_of_blocks(model: nn.Module, parts: ModelParts) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of every block, under each of its names: blocks may share modules. Adapters are not looked into."""
+    for index in range(parts.num_blocks):
+        block = parts.block_name(index)
+        inside: tuple[str, ...] = ()
+        for name, module in model.get_submodule(block).named_modules(remove_duplicate=False):
+            if name and name.startswith(inside):
+                continue
+            if is_wrapper(module):
+                inside += (f"{name}.",)
+            yield f"{block}.{name}" if name else block, module
+
+
+def _add_cuts(plan: RewritePlan, name: str, module: nn.Module, rule: RegionRule) -> None:
     for child, layout in rule.columns.items():
-        transposed = linear_sizes(parent.get_submodule(child))[2]
-        plan.cuts[f"{name}.{child}.weight"] = (int(transposed), layout)
-        plan.cuts[f"{name}.{child}.bias"] = (0, layout)
-    transposed = linear_sizes(parent.get_submodule(rule.region.row))[2]
-    plan.cuts[f"{name}.{rule.region.row}.weight"] = (int(not transposed), rule.row)
-
-
-def _add_vocabulary(plan: RewritePlan, model: nn.Module, parts: ModelParts) -> None:
-    embedding, head = model.get_submodule(parts.embedding), model.get_submodule(parts.head)
-    if embedding.num_embeddings != head.out_features:
-        raise UnsupportedModelError(
-            f"the embedding has {embedding.num_embeddings} tokens and the head {head.out_features}: "
-            f"resize both to one vocabulary (model.resize_token_embeddings)"
-        )
-    VocabParallelEmbedding.check(embedding)  # type: ignore[arg-type]
-    for name in (f"{parts.embedding}.weight", f"{parts.head}.weight", f"{parts.head}.bias"):
-        plan.cuts[name] = (0, plan.vocabulary)
+        plan.add_linear(f"{name}.{child}", LinearCuts.of(module.get_submodule(child), True, layout))
+    if rule.row:
+        plan.add_linear(f"{name}.{rule.row}", LinearCuts.of(module.get_submodule(rule.row), False, rule.row_layout))
+    for tensor, cut in rule.tensors.items():
+        plan.cuts[f"{name}.{tensor}"] = (cut.dim, cut.layout)
+    plan.summed.update(f"{name}.{parameter}" for parameter in rule.summed)
 
 
 def apply_rewrite(
@@ -114,43 +152,53 @@ def apply_rewrite(
     if plan.tp_size == 1:
         return
     local = tuple(f"{parts.block_name(index)}." for index in blocks)
+    done: set[nn.Module] = set()
     for name, rule in plan.regions.items():
-        if name.startswith(local):
-            _rewrite_region(model.get_submodule(name), rule, tp, state)
-    head = model.get_submodule(parts.head)
-    parallel_head = ColumnParallelLinear.from_linear(head, group=tp.group, layout=plan.vocabulary, device="meta")
-    _swap(model, parts.head, parallel_head)
-    embedding = model.get_submodule(parts.embedding)
-    with torch.device("meta"):
-        _swap(
-            model,
-            parts.embedding,
-            VocabParallelEmbedding(
-                embedding.num_embeddings,  # type: ignore[arg-type]
-                embedding.embedding_dim,  # type: ignore[arg-type]
-                group=tp.group,
-                padding_idx=embedding.padding_idx,  # type: ignore[arg-type]
-                dtype=embedding.weight.dtype,  # type: ignore[arg-type]
-            ),
-        )
-    model.loss_function = VocabParallelCausalLMLoss(plan.vocabulary, tp.group)  # type: ignore[assignment]
+        module = model.get_submodule(name)
+        if f"{name}.".startswith(local) and module not in done:
+            done.add(module)
+            _rewrite_region(module, rule, tp, state)
+    apply_vocabulary(model, parts, plan.vocabulary, tp, state.streams)
 
 
-def _rewrite_region(parent: nn.Module, rule: RegionRule, tp: Axis, state: RegionState) -> None:
+def _rewrite_region(module: nn.Module, rule: RegionRule, tp: Axis, state: RegionState) -> None:
     for child, layout in rule.columns.items():
-        full = parent.get_submodule(child)
-        local = ColumnParallelLinear.from_linear(full, group=tp.group, layout=layout, copy_input=False, device="meta")
-        setattr(parent, child, local)
-    full = parent.get_submodule(rule.region.row)
-    row = RowParallelLinear.from_linear(full, group=tp.group, layout=rule.row, region=state, device="meta")
-    setattr(parent, rule.region.row, row)
-    for attribute in rule.region.divide:
-        setattr(parent, attribute, getattr(parent, attribute) // tp.size)
-    for attribute, value in rule.attributes.items():
-        setattr(parent, attribute, value)
-    install_region_entry(parent, state)
+
+        def column(full: nn.Module, layout: Layout = layout) -> ParallelLinear:
+            region = state if rule.at_columns else None
+            return ColumnParallelLinear.from_linear(
+                full, group=tp.group, layout=layout, copy_input=False, region=region, device="meta"
+            )
+
+        swap_linear(module, child, column, state.streams)
+    if rule.row:
+
+        def row(full: nn.Module) -> ParallelLinear:
+            return RowParallelLinear.from_linear(
+                full, group=tp.group, layout=rule.row_layout, region=state, device="meta"
+            )
+
+        swap_linear(module, rule.row, row, state.streams)
+    else:
+        install_region_exit(module, rule, state, tp)
+    for name, cut in rule.tensors.items():
+        _cut_tensor(module, name, cut, tp)
+    for name, (of_input, of_output) in rule.gathered.items():
+        install_full_width(module.get_submodule(name), of_input, of_output, tp)
+    set_attributes(module, rule.attributes)
+    if not rule.at_columns:
+        install_region_entry(module, rule, state, tp)
 
 
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _cut_tensor(module: nn.Module, name: str, cut: Cut, tp: Axis) -> None:
+    """Make room for this rank's shard of a parameter that belongs to no linear."""
+    owner, _, attribute = name.rpartition(".")
+    parent = module.get_submodule(owner)
+    full = parent._parameters[attribute]
+    if full is None:  # a bias that this layer does not have
+        return
+    shape = local_shape(ShardSpec(name, tuple(full.shape), cut.dim, cut.layout, tp.rank, tp.size))
+    empty = torch.empty(shape, dtype=full.dtype, device="meta")
+    parent.register_parameter(attribute, nn.Parameter(empty, requires_grad=full.requires_grad))
+    if isinstance(parent, nn.Conv1d) and attribute == "weight":  # depthwise: a group for each channel
+        parent.in_channels = parent.out_channels = parent.groups = shape[0]

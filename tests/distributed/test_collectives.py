@@ -276,6 +276,20 @@ def a_pair_of_linears() -> None:
     assert_close(row.weight.grad, cut(second.weight.grad, 1, row.layout))
 
 
+class TwoRanks:
+    """Looks like a process group."""
+
+    def size(self) -> int:
+        return 2
+
+
+def test_what_entered_a_region_is_not_changed_in_place():
+    """Its gradient would no longer be summed over the ranks."""
+    entered = autograd.copy_to_tensor_parallel(torch.ones(3, requires_grad=True) * 1, TwoRanks())
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        entered *= 2
+
+
 def test_a_column_and_a_row_make_a_region():
     run_ranks(a_pair_of_linears, 2)
 

@@ -1,15 +1,18 @@
 """Evaluation: logits, losses and generated tokens equal the plain model's, on every rank."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import CompileConfig
+from transformers.generation.stopping_criteria import MaxTimeCriteria
 
 import hf_tpp
-from tests.parity.models import VOCABULARY, make_batch, tiny_model
+from hf_tpp.errors import HfTppError, UnsupportedModelError
+from tests.parity.decoding import STRATEGIES, Strategy, build, greedy, greedy_with_padding, prompts, sampling
+from tests.parity.models import VOCABULARY, make_batch
 from tests.ranks import run_ranks
 
 MODELS = ("gpt2", "gpt_neox", "llama_gqa")
@@ -17,52 +20,6 @@ LAYOUTS = [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}]
 Model = Any
 
 # --- what is compared -------------------------------------------------------------------------------------------------
-
-
-def prompts(rows: int, seq: int = 7, padding: bool = False) -> dict[str, torch.Tensor]:
-    """Token ids, with padding on the left if asked for."""
-    input_ids = torch.randint(3, VOCABULARY, (rows, seq), generator=torch.Generator().manual_seed(11))
-    attention_mask = torch.ones_like(input_ids)
-    if padding:
-        for row in range(1, rows):
-            attention_mask[row, :row] = 0
-    return {"input_ids": input_ids.where(attention_mask.bool(), 0), "attention_mask": attention_mask}
-
-
-def greedy(model: Model) -> torch.Tensor:
-    return model.generate(**prompts(1), max_new_tokens=6, do_sample=False)
-
-
-def greedy_without_cache(model: Model) -> torch.Tensor:
-    return model.generate(**prompts(2), max_new_tokens=4, do_sample=False, use_cache=False)
-
-
-def greedy_with_padding(model: Model) -> torch.Tensor:
-    return model.generate(**prompts(4, padding=True), max_new_tokens=5, do_sample=False)
-
-
-def greedy_with_padding_without_cache(model: Model) -> torch.Tensor:
-    return model.generate(**prompts(3, padding=True), max_new_tokens=4, do_sample=False, use_cache=False)
-
-
-def sampling(model: Model) -> torch.Tensor:
-    torch.manual_seed(21)
-    return model.generate(**prompts(3, padding=True), max_new_tokens=5, do_sample=True, top_k=0, temperature=1.5)
-
-
-def sampling_twice(model: Model) -> torch.Tensor:
-    """The generator goes on after the first call as it does for the plain model."""
-    torch.manual_seed(22)
-    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 2}
-    return torch.cat([model.generate(**prompts(1), **options) for _ in range(2)])
-
-
-def beams(model: Model) -> torch.Tensor:
-    return model.generate(**prompts(2, padding=True), max_new_tokens=4, do_sample=False, num_beams=3)
-
-
-def static_cache(model: Model) -> torch.Tensor:
-    return model.generate(**prompts(2), max_new_tokens=3, do_sample=False, cache_implementation="static")
 
 
 def batch_logits(model: Model) -> torch.Tensor:
@@ -125,15 +82,8 @@ def cache_with_padding(model: Model) -> torch.Tensor:
     return torch.cat(pieces, dim=1)[batch["attention_mask"].bool()]
 
 
-CHECKS: list[Callable[[Model], torch.Tensor]] = [
-    greedy,
-    greedy_without_cache,
-    greedy_with_padding,
-    greedy_with_padding_without_cache,
-    sampling,
-    sampling_twice,
-    beams,
-    static_cache,
+CHECKS: list[Strategy] = [
+    *STRATEGIES,
     batch_logits,
     batch_logits_alone,
     batch_loss,
@@ -148,15 +98,6 @@ CHECKS: list[Callable[[Model], torch.Tensor]] = [
 
 def evaluated(model: Model) -> list[torch.Tensor]:
     return [check(model).detach() for check in CHECKS]
-
-
-def build(name: str) -> nn.Module:
-    model = tiny_model(name, 3).eval()
-    with torch.no_grad():  # blocks that change much, so that texts do not repeat one token
-        for parameter in model.get_decoder().parameters():
-            if parameter.dim() > 1 and parameter is not model.get_input_embeddings().weight:
-                parameter.mul_(5)
-    return model
 
 
 def evaluate_all(sizes: dict[str, int]) -> dict[str, list[torch.Tensor]]:
@@ -241,3 +182,58 @@ def test_eval_logits():
         assert none is None
         torch.testing.assert_close(logits, plain(input_ids=batch["input_ids"]).logits)
         assert [list(piece.shape) for piece in pieces] == [[3, 9, VOCABULARY], [1, 4, VOCABULARY]]
+
+
+def refused_options() -> dict[str, tuple[dict[str, Any], str]]:
+    """What does not give the plain model's tokens on every rank: a name, options, and what the refusal says."""
+    deadline = MaxTimeCriteria(max_time=5.0)
+    return {
+        "max_time": ({"max_time": 5.0}, "generate(max_time=5.0) with a parallel model: ranks reach it at different"),
+        "MaxTimeCriteria": ({"stopping_criteria": [deadline]}, "a MaxTimeCriteria with a parallel model"),
+        "configured": ({"generation_config": GenerationConfig(max_time=5.0)}, "use max_new_tokens"),
+        "early exit": ({"assistant_early_exit": 1}, "assistant_early_exit=1"),
+        "mtp": ({"use_mtp": True}, "use_mtp=True"),
+        "dflash": ({"speculation_type": "dflash"}, "speculation_type='dflash'"),
+        "compilation": ({"compile_config": CompileConfig()}, "which cannot be compiled: leave it out"),
+        "quantized": ({"cache_implementation": "quantized"}, "rounds its own heads alone"),
+        "paged": ({"cache_implementation": "paged"}, "continuous batching calls the layers by itself"),
+        "from the hub": ({"custom_generate": "somebody/something"}, "code from the hub"),
+        "groups of beams": ({"num_beams": 4, "num_beam_groups": 2, "trust_remote_code": True}, "group beam search"),
+        "contrastive": ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, "contrastive"),
+        "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
+        "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions=True"),
+    }
+
+
+def refuse(sizes: dict[str, int]) -> tuple[dict[str, str], torch.Tensor]:
+    """Body of a rank: what is said to each of them, and a text after all of them."""
+    model = hf_tpp.parallelize(build("llama_gqa"), verbose=False, **sizes)
+    said = {}
+    for name, (options, _) in refused_options().items():
+        with pytest.raises(HfTppError) as caught:
+            model.generate(**prompts(1), max_new_tokens=2, **options)
+        said[name] = str(caught.value)
+    for method in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(UnsupportedModelError, match=r"use generate\(\)"):
+            method([[1, 2]])
+    return said, greedy(model)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS[:2], ids=str)
+def test_what_cannot_be_exact_is_refused_by_name(sizes):
+    expected = greedy(build("llama_gqa"))
+    for said, tokens in run_ranks(refuse, 2, sizes, timeout=120.0):
+        for name, (_, pattern) in refused_options().items():
+            assert pattern in said[name]
+        assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 4, "num_beam_groups": 2}, {"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}],
+    ids=lambda options: next(reversed(options)),
+)
+def test_strategies_that_left_transformers(options):
+    """Without trust_remote_code, transformers itself says so, before the model is called."""
+    with pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
+        build("llama_gqa").generate(**prompts(1), max_new_tokens=2, **options)

@@ -24,12 +24,12 @@ CPU = torch.device("cpu")
 # Query heads of 2 channels beside one key and one value head, which are copied at tp=2.
 QKV = Layout((Block(4, 2), Block(1, 2), Block(1, 2)))
 # Name -> shape, dimension that is cut, how it is cut, stages (of 2).
-PARAMETERS: dict[str, tuple[tuple[int, ...], int | None, Callable[[int], Layout] | None, set[int]]] = {
-    "embed.weight": ((7, 4), 0, lambda tp: padded_vocabulary(7, tp), {0, 1}),
-    "layers.0.qkv.weight": ((12, 4), 0, lambda tp: QKV, {0}),
-    "layers.0.norm.weight": ((4,), None, None, {0}),
-    "layers.1.down.weight": ((4, 6), 1, lambda tp: Layout((Block(6),)), {1}),
-    "layers.1.scale": ((), None, None, {1}),
+PARAMETERS: dict[str, tuple[tuple[int, ...], int | None, Callable[[int], Layout] | None, tuple[int, ...]]] = {
+    "embed.weight": ((7, 4), 0, lambda tp: padded_vocabulary(7, tp), (0, 1)),
+    "layers.0.qkv.weight": ((12, 4), 0, lambda tp: QKV, (0,)),
+    "layers.0.norm.weight": ((4,), None, None, (0,)),
+    "layers.1.down.weight": ((4, 6), 1, lambda tp: Layout((Block(6),)), (1,)),
+    "layers.1.scale": ((), None, None, (1,)),
 }
 NEVER_TRAINED = "layers.0.norm.weight"
 
@@ -57,11 +57,12 @@ class Job:
             shape, dim, layout, stages = PARAMETERS[name]
             if pp == 1 or self.mesh.pp.rank in stages:
                 local = name.replace(".", "_")
-                copies = len(stages) if pp > 1 else 1
-                spec = ShardSpec(name, shape, dim, layout and layout(tp), self.mesh.tp.rank, tp, copies)
+                spec = ShardSpec(
+                    name, shape, dim, layout and layout(tp), self.mesh.tp.rank, tp, stages if pp > 1 else (0,)
+                )
                 self.model.register_parameter(local, nn.Parameter(cut(full, spec)))
                 self.specs[local] = spec
-        self.model.hf_tpp_norm = nn.Linear(1, 1)
+        self.model.hf_tpp_residual = nn.Linear(1, 1)
         own, norms = [], []
         for name, parameter in self.model.named_parameters():
             (norms if parameter.dim() < 2 else own).append(parameter)
@@ -122,7 +123,7 @@ def load_body(tp: int, pp: int, directory: Path) -> None:
     job.check(trained(2))
     job.step(2)  # and it goes on as if nothing had happened
     job.check(trained(3))
-    assert job.model.hf_tpp_norm.weight not in job.optimizer.state
+    assert job.model.hf_tpp_residual.weight not in job.optimizer.state
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
 )
@@ -41,6 +42,9 @@ def tiny_config(name: str, num_layers: int = 5, dropout: float = 0.0, vocab_size
             return LlamaConfig(**llama, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
         case "mistral":
             return MistralConfig(**llama, num_key_value_heads=2, sliding_window=8)
+        case "mixtral":
+            sizes = {"intermediate_size": 48, "num_local_experts": 4}
+            return MixtralConfig(**{**llama, **sizes}, num_key_value_heads=2)
         case "qwen2":
             return Qwen2Config(**llama, num_key_value_heads=2)
     raise ValueError(name)

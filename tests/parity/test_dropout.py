@@ -2,79 +2,16 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-import hf_tpp
-from hf_tpp.parallel_model import parallel_state
 from hf_tpp.sharding import ShardSpec
+from tests.parity.dropout import HIDDEN, LAYERS, SEQ, Job, Mask, Pass, jittered_pass, one_pass, train
 from tests.parity.models import make_batch, tiny_model
-from tests.parity.training import Record, join
+from tests.parity.training import join
 from tests.ranks import run_ranks
-
-LAYERS = 3
-SEQ = 8
-HIDDEN = 32
-
-
-@dataclass
-class Job:
-    model: str
-    sizes: dict[str, int]
-    checkpointing: bool = False
-    sequence_parallel: bool = False
-    dropout: float = 0.1
-    rows: int = 4
-
-    def __str__(self) -> str:
-        sizes = "".join(f"{name}{size}" for name, size in self.sizes.items())
-        return f"{self.model}-{sizes}" + "-ckpt" * self.checkpointing + "-sp" * self.sequence_parallel
-
-    @property
-    def world_size(self) -> int:
-        return self.sizes.get("tp", 1) * self.sizes.get("pp", 1) * self.sizes.get("dp", 1)
-
-    def build(self) -> nn.Module:
-        model = tiny_model(self.model, LAYERS, "eager", self.dropout).train()
-        if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        axes = {name: size for name, size in self.sizes.items() if name != "dp"}
-        return hf_tpp.parallelize(model, **axes, sequence_parallel=self.sequence_parallel, verbose=False)
-
-
-@dataclass
-class Mask:
-    """What one call of dropout dropped."""
-
-    shape: tuple[int, ...]
-    dropped: torch.Tensor
-    in_backward: bool
-
-    @property
-    def is_attention(self) -> bool:
-        return len(self.shape) == 4
-
-
-def recording(masks: list[Mask]) -> Any:
-    """Note what every dropout drops: the ones of a tensor of ones that become zero, drawn from the same state."""
-    dropout = F.dropout
-
-    def record(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        if p and training:
-            state = torch.get_rng_state()
-            dropped = dropout(torch.ones_like(x), p) == 0
-            torch.set_rng_state(state)
-            masks.append(Mask(tuple(x.shape), dropped, torch._C._current_graph_task_id() != -1))
-        return dropout(x, p, training, inplace)
-
-    return mock.patch.object(F, "dropout", record)
-
 
 # --- ten steps --------------------------------------------------------------------------------------------------------
 
@@ -84,23 +21,6 @@ JOBS = [
         ("gpt2", "gpt_neox", "llama_tied"), ({"tp": 2}, {"tp": 2, "pp": 2}), (False, True), (False, True)
     )
 ]
-
-
-def train(jobs: Sequence[Job]) -> list[tuple[int, int, int, Record]]:
-    """Body of a rank."""
-    found = []
-    for job in jobs:
-        model = job.build()
-        state = parallel_state(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for step in range(10):
-            model(**make_batch(2, SEQ, seed=step)).loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        found.append((state.mesh.tp.rank, state.mesh.pp.rank, 0, Record(weights=weights, specs=dict(state.specs))))
-    return found
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -113,7 +33,7 @@ def test_replicated_and_tied_parameters_stay_identical(world_size, subtests):
             pieces = [rank[index] for rank in ranks]
             specs: list[ShardSpec] = [spec for *_, record in pieces for spec in record.specs.values()]
             assert any(spec.dim is None for spec in specs)
-            assert any(spec.num_stages == 2 for spec in specs) == ("pp" in job.sizes and job.model != "gpt_neox")
+            assert any(len(spec.stages) == 2 for spec in specs) == ("pp" in job.sizes and job.model != "gpt_neox")
             start = dict(tiny_model(job.model, LAYERS, "eager").named_parameters())
             for name, weight in join(pieces, "weights").items():
                 assert weight.isfinite().all()
@@ -121,33 +41,6 @@ def test_replicated_and_tied_parameters_stay_identical(world_size, subtests):
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Pass:
-    """One training pass on one rank."""
-
-    place: tuple[int, int, int]
-    loss: float
-    gradients: dict[str, torch.Tensor]
-    masks: list[Mask] = field(default_factory=list)
-
-
-def one_pass(jobs: Sequence[Job], seed: int = 5, own_seeds: bool = True) -> list[Pass]:
-    """Body of a rank."""
-    found = []
-    for job in jobs:
-        model = job.build()
-        mesh = parallel_state(model).mesh
-        batch = make_batch(job.rows, SEQ, seed=0)
-        masks: list[Mask] = []
-        torch.manual_seed(seed + 100 * mesh.global_rank * own_seeds)
-        with recording(masks):
-            loss = model(**batch).loss
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        found.append(Pass((mesh.tp.rank, mesh.pp.rank, mesh.dp.rank), loss.item(), gradients, masks))
-    return found
 
 
 def passes(*jobs: Job, own_seeds: bool = True) -> list[list[Pass]]:
@@ -271,3 +164,16 @@ def watch_generator(sizes: dict[str, int]) -> list[bool]:
 def test_generator_of_the_caller(sizes):
     """A pass with dropout takes exactly one number from it, on every stage."""
     assert run_ranks(watch_generator, 2, sizes) == [[True] * 5] * 2
+
+
+# --- other noise ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe", "minimax"])
+def test_routers_of_all_ranks_see_the_same_jitter(family):
+    """Else each rank adds its shards of other experts to the same sum."""
+    (loss, gradients), (other_loss, others) = run_ranks(jittered_pass, 2, family, timeout=120.0)
+    assert loss == other_loss
+    assert len(gradients) >= 4
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name

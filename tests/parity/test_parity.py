@@ -33,6 +33,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "pp4": {"pp": 4},
 }
 ATTENTIONS = ("sdpa", "eager")
+LARGE_AND_ODD = 4099
+"""A vocabulary for which products are aligned."""
 CHUNK = 6
 """Cases that share one set of ranks."""
 
@@ -87,6 +89,10 @@ FURTHER = [
     short("gpt_neox", tp=2, frozen=("bias",)),
     short("gpt2", dp=2),
     short("llama_tied", dp=2, pp=2, rows=3, num_microbatches=2),
+    short("gpt2", pp=2, vocab_size=LARGE_AND_ODD, num_layers=2),
+    short("llama_gqa", pp=2, vocab_size=LARGE_AND_ODD, num_layers=2, options={"align_vocabulary": False}),
+    short("gpt_neox", dp=2, vocab_size=LARGE_AND_ODD, num_layers=2),
+    short("llama_tied", tp=2, vocab_size=LARGE_AND_ODD, num_layers=2),
 ]
 
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import hf_tpp
+from hf_tpp.check import joining
+from hf_tpp.check.joining import Place, RankTensors
 from hf_tpp.parallel_model import parallel_state
-from hf_tpp.sharding import ShardSpec, unshard
-from tests.parity.models import make_batch, tiny_model
+from hf_tpp.sharding import ShardSpec
+from tests.parity.models import VOCABULARY, make_batch, tiny_model
 
 ACCUMULATION = 2
 MAX_NORM = 0.7
@@ -32,6 +35,7 @@ class Case:
     seq: int = 12
     steps: int = 6
     frozen: tuple[str, ...] = ()
+    vocab_size: int = VOCABULARY
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -42,6 +46,7 @@ class Case:
         flags = [self.model, f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", self.attention]
         flags += ["ckpt"] * self.checkpointing + ["sp"] * self.sequence_parallel
         flags += [f"m{self.num_microbatches}"] * bool(self.num_microbatches) + list(self.frozen)
+        flags += [f"v{self.vocab_size}"] * (self.vocab_size != VOCABULARY)
         return "-".join(flags)
 
 
@@ -57,7 +62,7 @@ class Record:
 
 
 def build(case: Case) -> nn.Module:
-    model = tiny_model(case.model, case.num_layers, case.attention)
+    model = tiny_model(case.model, case.num_layers, case.attention, vocab_size=case.vocab_size)
     for name, parameter in model.named_parameters():
         if any(part in name for part in case.frozen):
             parameter.requires_grad_(False)
@@ -78,21 +83,27 @@ def train(model: nn.Module, case: Case, dp_rank: int, dp_size: int) -> Record:
         optimizer = sgd if step < case.steps // 2 else adamw
         total = 0.0
         for part in range(ACCUMULATION):
-            batch = make_batch(case.rows * case.dp, case.seq + 4 * part, seed=10 * step + part)
+            batch = make_batch(case.rows * case.dp, case.seq + 4 * part, 10 * step + part, case.vocab_size)
             rows = slice(dp_rank * case.rows * case.dp // dp_size, (dp_rank + 1) * case.rows * case.dp // dp_size)
             loss = model(**{name: value[rows] for name, value in batch.items()}).loss / ACCUMULATION
             loss.backward()
             total += loss.item()
         if step == 0:
             named = model.named_parameters()
-            record.gradients = {name: p.grad.cpu().clone() for name, p in named if p.grad is not None}
+            record.gradients = {name: whole(p.grad) for name, p in named if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         record.losses.append(total)
         record.norms.append(float(norm))
-    record.weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    record.weights = {name: whole(p) for name, p in model.named_parameters()}
     return record
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU; of a tensor that replicas share, put together over the dp axis."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
 def run_parallel(case: Case) -> tuple[int, int, int, Record]:
@@ -120,27 +131,13 @@ def run_single(case: Case) -> Record:
 
 def join(ranks: list[tuple[int, int, int, Record]], field_name: str) -> dict[str, torch.Tensor]:
     """Full tensors by Hugging Face name, from the shards of all ranks; replicas and copies must be identical."""
-    shards: dict[str, dict[tuple[int, int, int], torch.Tensor]] = {}
-    specs: dict[str, ShardSpec] = {}
-    for tp_rank, pp_rank, dp_rank, record in ranks:
-        for name, tensor in getattr(record, field_name).items():
-            if name.startswith("hf_tpp_norm"):
-                continue
-            spec = record.specs[name]
-            specs[spec.name] = spec
-            shards.setdefault(spec.name, {})[pp_rank, dp_rank, tp_rank] = tensor
-    full = {}
-    for name, pieces in shards.items():
-        tp_size = max(place[2] for place in pieces) + 1
-        copies = []
-        for place in sorted({place[:2] for place in pieces}):
-            copies.append(unshard([pieces[*place, tp_rank] for tp_rank in range(tp_size)], specs[name]))
-            if specs[name].dim is None:
-                for tp_rank in range(tp_size):
-                    assert torch.equal(pieces[*place, 0], pieces[*place, tp_rank]), f"{name} differs on tp {tp_rank}"
-        for copy in copies[1:]:
-            torch.testing.assert_close(copy, copies[0], rtol=0, atol=0, msg=f"{name} differs between its holders")
-        full[name] = copies[0]
+    full, problems = joining.join(
+        [
+            RankTensors(Place(pp_rank, dp_rank, tp_rank), getattr(record, field_name), record.specs)
+            for tp_rank, pp_rank, dp_rank, record in ranks
+        ]
+    )
+    assert not problems
     return full
 
 

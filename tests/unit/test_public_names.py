@@ -8,8 +8,13 @@ import hf_tpp
 from hf_tpp import errors
 
 NAMES = [
+    "Channels",
     "ColumnParallelLinear",
+    "Region",
     "RowParallelLinear",
+    "TPPAccelerator",
+    "TPPTrainer",
+    "TPPTrainerMixin",
     "VocabParallelEmbedding",
     "clip_grad_norm_",
     "errors",
@@ -25,6 +30,7 @@ BASES = {
     "RankMismatchError": (errors.HfTppError, RuntimeError),
     "BatchError": (errors.HfTppError, ValueError),
     "CheckpointError": (errors.HfTppError, ValueError),
+    "ParityError": (errors.HfTppError, RuntimeError),
     "ScheduleError": (errors.HfTppError, RuntimeError),
 }
 

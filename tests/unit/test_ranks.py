@@ -136,7 +136,7 @@ def test_hang_becomes_a_failure_with_the_stack():
 
 
 def test_failure_stops_the_ranks_that_hang(monkeypatch):
-    monkeypatch.setattr("tests.ranks.GRACE_S", 1.0)
+    monkeypatch.setattr("hf_tpp.check.ranks.GRACE_S", 1.0)
     begin = time.monotonic()
     with pytest.raises(RankError, match=r"rank 0 raised ValueError[^\n]*\nrank 1 did not finish") as caught:
         run_ranks(fail_beside_a_hang, 2)

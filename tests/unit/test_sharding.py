@@ -68,9 +68,9 @@ def test_narrow_is_a_view():
 
 
 def test_copies_count_tensor_parallel_ranks_and_stages():
-    spec = spec_of(0, num_stages=2)
+    spec = spec_of(0, stages=(0, 1))
     assert [spec.copies(segment) for segment in spec.segments] == [2, 4, 4]
-    whole = spec_of(0, dim=None, layout=None, num_stages=2)
+    whole = spec_of(0, dim=None, layout=None, stages=(0, 1))
     assert [whole.copies(segment) for segment in whole.segments] == [4]
     assert whole.segments == (Segment(0, 12, 0, 2),)
 
@@ -90,6 +90,6 @@ def test_padding_is_zero_and_falls_away():
 
 
 def test_at_rank():
-    first = spec_of(0, sequence_sharded=True)
-    assert first.at_rank(1) == spec_of(1, sequence_sharded=True)
+    first = spec_of(0, is_partial=True)
+    assert first.at_rank(1) == spec_of(1, is_partial=True)
     assert first.at_rank(0) == first

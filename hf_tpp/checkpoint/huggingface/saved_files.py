@@ -23,6 +23,7 @@ from hf_tpp.errors import CheckpointError, ConfigurationError
 
 __all__ = [
     "STAGING",
+    "Entry",
     "SavedFile",
     "check_space",
     "move_metadata",
@@ -39,18 +40,32 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """Tensors of the model that are stored together: their names, size, and the names that they are stored under."""
+
+    members: tuple[str, ...]
+    num_bytes: int
+    saved_as: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SavedFile:
     """A file to be written.
 
     Attributes:
         name: Its name.
-        tensors: Names of its tensors, as saved.
-        num_bytes: Their size.
+        entries: What it stores.
+        num_bytes: Size of that.
     """
 
     name: str
-    tensors: tuple[str, ...]
+    entries: tuple[Entry, ...]
     num_bytes: int
+
+    @property
+    def saved_as(self) -> tuple[str, ...]:
+        """Names of the tensors in the file."""
+        return tuple(name for entry in self.entries for name in entry.saved_as)
 
 
 def parse_size(size: int | str) -> int:
@@ -66,33 +81,37 @@ def parse_size(size: int | str) -> int:
     return num_bytes
 
 
-def plan_files(stages: Sequence[Mapping[str, int]], limit: int) -> list[list[SavedFile]]:
+def plan_files(stages: Sequence[Mapping[str, Entry]], limit: int) -> list[list[SavedFile]]:
     """Deal every stage's tensors into files of at most `limit` bytes; a larger tensor gets a file of its own.
 
     Args:
-        stages: For each stage, tensor name -> bytes.
+        stages: For each stage, name in the model -> what is stored of it.
         limit: Largest size of a file.
 
     Returns:
         The files of each stage, numbered over all stages; a single one is `model.safetensors`.
     """
-    groups: list[list[dict[str, int]]] = []
+    groups: list[list[dict[str, Entry]]] = []
     for tensors in stages:
-        files: list[dict[str, int]] = []
-        for name, size in tensors.items():
-            if not files or sum(files[-1].values()) + size > limit:
+        files: list[dict[str, Entry]] = []
+        for name, entry in tensors.items():
+            if not files or _num_bytes(files[-1]) + entry.num_bytes > limit:
                 files.append({})
-            files[-1][name] = size
+            files[-1][name] = entry
         groups.append(files)
     total = sum(map(len, groups))
     numbers = iter(range(1, total + 1))
 
-    def named(file: dict[str, int]) -> SavedFile:
+    def named(file: dict[str, Entry]) -> SavedFile:
         number = next(numbers)
         name = WEIGHTS_NAME if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-        return SavedFile(name, tuple(file), sum(file.values()))
+        return SavedFile(name, tuple(file.values()), _num_bytes(file))
 
     return [[named(file) for file in files] for files in groups]
+
+
+def _num_bytes(file: Mapping[str, Entry]) -> int:
+    return sum(entry.num_bytes for entry in file.values())
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -130,7 +149,7 @@ def write_metadata(model: nn.Module, folder: Path, files: Sequence[SavedFile]) -
     if parallel.can_generate():
         parallel.generation_config.save_pretrained(staging)
     if len(files) > 1:
-        weight_map = {name: file.name for file in files for name in file.tensors}
+        weight_map = {name: file.name for file in files for name in file.saved_as}
         index = {"metadata": {"total_size": sum(file.num_bytes for file in files)}, "weight_map": weight_map}
         (staging / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_tpp.checkpoint.huggingface.buffers import persistent_buffers
-from hf_tpp.checkpoint.huggingface.conversion import saved_names
+from hf_tpp.checkpoint.huggingface.conversion import saved_tensors, stored_together
 from hf_tpp.checkpoint.huggingface.gather import HeldTensor, gather_shards
 from hf_tpp.checkpoint.huggingface.saved_files import (
     STAGING,
+    Entry,
     SavedFile,
     check_space,
     move_metadata,
@@ -38,10 +39,10 @@ from hf_tpp.sharding import ShardSpec
 __all__ = ["save_checkpoint"]
 
 # What transformers' save_pretrained takes besides, and means nothing other than its default here.
+_IGNORED = ("is_main_process", "save_function")
 _DEFAULTS: dict[str, Any] = {
     "state_dict": None,
     "safe_serialization": True,
-    "save_function": None,
     "push_to_hub": False,
     "variant": None,
     "token": None,
@@ -69,7 +70,7 @@ def save_checkpoint(
         save_directory: A folder that all nodes share.
         max_shard_size: Largest size of a file; a stage writes at least one of its own.
         **unsupported: transformers' other options, at their defaults. `is_main_process` is ignored: which rank writes
-            follows from what it holds.
+            follows from what it holds; and `save_function`, as transformers ignores it.
 
     Collective: every rank of the job, with the same arguments.
 
@@ -79,14 +80,16 @@ def save_checkpoint(
     """
     folder = Path(save_directory)
     held: dict[str, HeldTensor] = {}
+    entries: dict[str, Entry] = {}
 
     def prepare() -> None:
         _refuse_options(unsupported)
         parse_size(max_shard_size)
         held.update(_held_tensors(model, specs, mesh))
+        entries.update(_entries(model, held))
 
     agree_on({"save_directory": str(folder), "max_shard_size": max_shard_size}, _attempt(prepare), mesh.control)
-    stages = plan_files(_tensors_of_stages(held, mesh), parse_size(max_shard_size))
+    stages = plan_files(_entries_of_stages(entries, mesh), parse_size(max_shard_size))
     try:
         _save_files(model, held, stages, mesh, folder)
     finally:
@@ -105,7 +108,7 @@ def _save_files(
     files, mine = [file for stage in stages for file in stage], stages[mesh.pp.rank]
     writes = mesh.dp.is_first and mesh.tp.is_first
     _agreed(mesh, writes, check_space, folder, sum(file.num_bytes for file in files))
-    problem = _write_stage(held, mine, folder, mesh) if mesh.dp.is_first else None
+    problem = _write_stage(model, held, mine, folder, mesh) if mesh.dp.is_first else None
     if mesh.global_rank == 0 and problem is None:
         problem = _attempt(write_metadata, model, folder, files)
     agree_on({}, problem, mesh.control)
@@ -120,7 +123,7 @@ def _agreed(mesh: ParallelMesh, takes_part: bool, action: Callable[..., None], *
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
-        if name == "is_main_process":
+        if name in _IGNORED:
             continue
         if name not in _DEFAULTS or value != _DEFAULTS[name]:
             known = f"leave it at {_DEFAULTS[name]!r}" if name in _DEFAULTS else "leave it out"
@@ -144,36 +147,49 @@ def _attempt(action: Callable[..., None], *args: Any) -> HfTppError | None:
 
 
 def _held_tensors(model: nn.Module, specs: Mapping[str, ShardSpec], mesh: ParallelMesh) -> dict[str, HeldTensor]:
-    """What this stage saves, by the names it gets in the files; a weight tied over stages only on the first."""
+    """What this stage saves, by name; a weight that several stages hold only on the first of them."""
     held: dict[str, HeldTensor] = {}
     for name, spec in specs.items():
-        if spec.num_stages == 1 or mesh.pp.is_first:
+        if mesh.pp.rank == spec.stages[0]:
             held.setdefault(spec.name, HeldTensor(model.get_parameter(name).detach(), spec))
     for name, buffer in persistent_buffers(model):
         held.setdefault(name, HeldTensor(buffer, None))
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         held.pop(name, None)
-    names = saved_names(model, held)
-    return {names[name]: tensor for name, tensor in held.items()}
+    return held
 
 
-def _tensors_of_stages(held: Mapping[str, HeldTensor], mesh: ParallelMesh) -> list[dict[str, int]]:
-    """Name -> bytes of what each stage writes; what several stages hold is the first one's. Collective."""
-    mine = (mesh.pp.rank, {name: tensor.num_bytes for name, tensor in held.items()})
+def _entries(model: nn.Module, held: Mapping[str, HeldTensor]) -> dict[str, Entry]:
+    """What this stage stores, by the first name of each group of tensors that are stored together."""
+    with torch.device("meta"):
+        empty = {
+            name: torch.empty(tensor.spec.full_shape if tensor.spec else tensor.local.shape, dtype=tensor.local.dtype)
+            for name, tensor in held.items()
+        }
+    entries: dict[str, Entry] = {}
+    for group in stored_together(model, empty):
+        stored = saved_tensors(model, {name: empty[name] for name in group})
+        entries[group[0]] = Entry(tuple(group), sum(held[name].num_bytes for name in group), tuple(stored))
+    return entries
+
+
+def _entries_of_stages(entries: Mapping[str, Entry], mesh: ParallelMesh) -> list[dict[str, Entry]]:
+    """What each stage writes; what several stages hold is the first one's. Collective."""
+    mine = (mesh.pp.rank, dict(entries))
     everyone: list[Any] = [mine]
     if mesh.control is not None:
         everyone = [None] * mesh.control.size()
         dist.all_gather_object(everyone, mine if mesh.dp.is_first and mesh.tp.is_first else None, group=mesh.control)
     taken: set[str] = set()
-    stages: list[dict[str, int]] = []
-    for _, sizes in sorted(filter(None, everyone), key=lambda entry: entry[0]):
-        stages.append({name: size for name, size in sizes.items() if name not in taken})
-        taken.update(sizes)
+    stages: list[dict[str, Entry]] = []
+    for _, theirs in sorted(filter(None, everyone), key=lambda pair: pair[0]):
+        stages.append({name: entry for name, entry in theirs.items() if name not in taken})
+        taken.update(theirs)
     return stages
 
 
 def _write_stage(
-    held: Mapping[str, HeldTensor], files: Sequence[SavedFile], folder: Path, mesh: ParallelMesh
+    model: nn.Module, held: Mapping[str, HeldTensor], files: Sequence[SavedFile], folder: Path, mesh: ParallelMesh
 ) -> HfTppError | None:
     """Gather and write one file after the other. Collective: the tp ranks of a stage; none stops on its own."""
     problem: HfTppError | None = None
@@ -181,10 +197,10 @@ def _write_stage(
         if _first_rank_failed(problem, mesh):
             break
         whole: dict[str, torch.Tensor] = {}
-        for name in file.tensors:
-            shards = gather_shards(held[name], mesh)
-            if shards is not None and problem is None:
-                problem = _attempt(_add, whole, name, held[name], shards)
+        for entry in file.entries:
+            shards = {name: gather_shards(held[name], mesh) for name in entry.members}
+            if mesh.tp.is_first and problem is None:
+                problem = _attempt(_add, whole, model, held, shards)
         if mesh.tp.is_first and problem is None:
             problem = _attempt(write_weights, whole, folder, file.name)
     return problem
@@ -198,8 +214,15 @@ def _first_rank_failed(problem: HfTppError | None, mesh: ParallelMesh) -> bool:
     return bool(failed.item())
 
 
-def _add(whole: dict[str, torch.Tensor], name: str, tensor: HeldTensor, shards: Sequence[torch.Tensor]) -> None:
-    whole[name] = tensor.join(shards)
+def _add(
+    whole: dict[str, torch.Tensor],
+    model: nn.Module,
+    held: Mapping[str, HeldTensor],
+    shards: Mapping[str, Sequence[torch.Tensor] | None],
+) -> None:
+    joined = {name: held[name].join(parts) for name, parts in shards.items() if parts is not None}
+    for stored, tensor in saved_tensors(model, joined).items():
+        whole[stored] = tensor.contiguous()
 
 
 def _move_weights(folder: Path, files: Sequence[SavedFile]) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from hf_tpp.checkpoint.training.parameter_groups import optimized
 from hf_tpp.checkpoint.training.sharded_state import Sharded, plain_object
 from hf_tpp.errors import CheckpointError
-from hf_tpp.sharding import ShardSpec, local_shape
+from hf_tpp.sharding import ShardSpec
 
 __all__ = ["collect_tensors", "saved_keys"]
 
@@ -54,7 +54,7 @@ def collect_tensors(
                 group = optimizer.param_groups[index]
                 on_host = key == "step" and not (group.get("capturable") or group.get("fused"))  # as torch keeps it
                 device = torch.device("cpu") if on_host else parameter.device
-                state[name] = _empty_value(present.get(key), saved[name], spec, device)
+                state[name] = _empty_value(present.get(key), saved[name], parameter, spec, device)
     return state
 
 
@@ -81,12 +81,14 @@ def _saved_value(name: str, value: Any, parameter: nn.Parameter, spec: ShardSpec
     return value
 
 
-def _empty_value(present: Any, saved: Any, spec: ShardSpec, device: torch.device) -> Any:
+def _empty_value(present: Any, saved: Any, parameter: nn.Parameter, spec: ShardSpec, device: torch.device) -> Any:
     """Room for one saved value: what is `present` if it fits, else new."""
     if not isinstance(saved, TensorStorageMetadata):
         return None
     is_shard = len(saved.size) > 0 and tuple(saved.size) == spec.full_shape
-    shape, dtype = local_shape(spec) if is_shard else tuple(saved.size), saved.properties.dtype
+    shape, dtype = parameter.shape if is_shard else saved.size, saved.properties.dtype
     if not (isinstance(present, torch.Tensor) and present.shape == shape and present.dtype == dtype):
-        present = torch.zeros(shape, dtype=dtype, device=device)
+        # Of the parameter's kind: shared by replicas, if the parameter is.
+        like = torch.zeros_like(parameter, dtype=dtype, device=device, requires_grad=False)
+        present = like if is_shard else torch.zeros(shape, dtype=dtype, device=device)
     return Sharded(present, spec) if is_shard else present

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from hf_tpp.errors import CheckpointError
-from hf_tpp.sharding import ShardSpec
+from hf_tpp.sharding import ShardSpec, local_part, on_this_replica
 
 __all__ = ["Sharded", "ShardedLoadPlanner", "ShardedSavePlanner", "plain_object"]
 
@@ -46,8 +46,8 @@ class Sharded:
     """A shard in memory.
 
     Attributes:
-        tensor: This rank's values, padding included.
-        spec: Where they lie in the full tensor.
+        tensor: This rank's values, padding included; a DTensor where replicas share them.
+        spec: Where a whole replica's values lie in the full tensor.
     """
 
     tensor: torch.Tensor
@@ -55,13 +55,20 @@ class Sharded:
 
     def chunks(self) -> list[tuple[ChunkStorageMetadata, torch.Tensor]]:
         """Every piece that lies here: its place in the full tensor, and the view of `tensor` that holds it."""
+        spec, local = on_this_replica(self.spec, self.tensor), local_part(self.tensor)
         found = []
-        for segment in self.spec.segments:
-            offsets, sizes = [0] * len(self.spec.full_shape), list(self.spec.full_shape)
-            if self.spec.dim is not None:
-                offsets[self.spec.dim], sizes[self.spec.dim] = segment.start, segment.size
-            place = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-            found.append((place, self.spec.narrow(self.tensor, segment)))
+        for segment in spec.segments:
+            offsets, sizes = [0] * len(spec.full_shape), list(spec.full_shape)
+            if spec.rows is not None:
+                offsets[0], sizes[0] = spec.rows[0], spec.rows[1] - spec.rows[0]
+            if spec.dim == 0:
+                start, stop = spec.within_rows(segment)
+                offsets[0], sizes[0] = segment.start + start - segment.local_start, stop - start
+            elif spec.dim is not None:
+                offsets[spec.dim], sizes[spec.dim] = segment.start, segment.size
+            if 0 not in sizes:
+                place = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                found.append((place, spec.narrow(local, segment)))
         return found
 
     def view(self, index: MetadataIndex) -> torch.Tensor:

@@ -36,7 +36,7 @@ from hf_tpp.errors import CheckpointError
 from hf_tpp.mesh import ParallelMesh
 from hf_tpp.sharding import ShardSpec
 
-__all__ = ["load_training_state", "save_training_state"]
+__all__ = ["load_training_state", "read_layout", "save_training_state"]
 
 
 def save_training_state(
@@ -133,6 +133,16 @@ def load_training_state(
         optimizer.state[parameter] = {k: v.tensor if isinstance(v, Sharded) else v for k, v in values.items()}
     set_random_state(state[random_state], plain["layout"], mesh)
     return dict(plain["extra"])
+
+
+def read_layout(directory: str | os.PathLike[str], mesh: ParallelMesh) -> dict[str, int]:
+    """The sizes of the axes, by name, of the job that saved a checkpoint. Collective: every rank of the job.
+
+    Raises:
+        CheckpointError: There is none; raised on all ranks.
+    """
+    layout: dict[str, int] = _read({"layout": None}, _Reader(directory), mesh)["layout"]
+    return layout
 
 
 class _Reader(FileSystemReader):

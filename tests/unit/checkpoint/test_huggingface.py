@@ -12,6 +12,7 @@ from hf_tpp.checkpoint.huggingface.files import INDEX_NAME, WEIGHTS_NAME
 from hf_tpp.errors import CheckpointError, UnsupportedModelError
 from hf_tpp.plan.layout import Block, Layout, padded_vocabulary
 from hf_tpp.sharding import ShardSpec, unshard
+from hf_tpp.transformers_versions import tie_on_meta
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -158,7 +159,9 @@ def test_reading_what_is_missing_is_an_error(folder):
 
 def on_meta(config):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    tie_on_meta(model)
+    return model
 
 
 def canonical_names(model):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hf_tpp.errors import BatchError
 from hf_tpp.pipeline_parallel.microbatch import (
     batch_rows,
+    check_padded_rows,
     count_label_tokens,
     default_num_microbatches,
     sequence_length,
@@ -83,6 +84,29 @@ def test_lists_are_microbatches():
 @pytest.mark.parametrize(("rows", "pp_size", "expected"), [(1, 4, 1), (5, 2, 5), (100, 2, 8), (3, 1, 3), (9, 1, 4)])
 def test_default_number(rows, pp_size, expected):
     assert default_num_microbatches(rows, pp_size) == expected
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (100, 8)])
+def test_default_number_of_rows_that_must_be_together(rows, expected):
+    assert default_num_microbatches(rows, 2, fewest_rows=2) == expected
+    count = default_num_microbatches(rows, 2, fewest_rows=2)
+    sizes = [batch_rows(part) for part in split_batch(batch_of(rows), count)]
+    assert min(sizes) >= min(2, rows)
+
+
+def padded(rows: int) -> dict[str, torch.Tensor]:
+    mask = torch.ones(rows, 4, dtype=torch.long)
+    mask[-1, :2] = 0
+    return {"input_ids": torch.ones(rows, 4, dtype=torch.long), "attention_mask": mask}
+
+
+def test_padded_rows_that_must_be_together():
+    with pytest.raises(BatchError, match=r"4 rows in 3 microbatches leave a padded row alone.*num_microbatches=2, or"):
+        check_padded_rows(split_batch(padded(4), 3), 2)
+    full = {**padded(4), "attention_mask": torch.ones(4, 4)}
+    for fine in (split_batch(padded(4), 2), split_batch(padded(1), 2), split_batch(full, 4)):
+        check_padded_rows(fine, 2)
+    check_padded_rows(split_batch(padded(4), 4), 1)
 
 
 def test_label_tokens():

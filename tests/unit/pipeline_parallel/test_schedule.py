@@ -5,7 +5,15 @@ import itertools
 import pytest
 
 from hf_tpp.errors import ScheduleError
-from hf_tpp.pipeline_parallel.schedule import Action, Kind, check_schedules, forward_only, has_neighbour, one_f_one_b
+from hf_tpp.pipeline_parallel.schedule import (
+    Action,
+    Kind,
+    backward_only,
+    check_schedules,
+    forward_only,
+    has_neighbour,
+    one_f_one_b,
+)
 
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 2 * p + 2)]
 
@@ -44,16 +52,32 @@ def test_first_and_last_stage_have_one_neighbour():
 def test_one_stage_does_not_communicate():
     assert one_f_one_b(0, 1, 2) == parse("F0 B0 F1 B1")
     assert forward_only(0, 1, 3) == parse("F0 F1 F2")
+    assert backward_only(0, 1, 3) == parse("B0 B1 B2")
 
 
 def test_forward_only():
     assert forward_only(1, 3, 2) == parse("RF0 RF1 F0 SF0 F1 SF1")
 
 
+def test_backward_only():
+    assert backward_only(1, 3, 2) == parse("RB0 RB1 B0 SB0 B1 SB1")
+
+
+def both_halves(num_stages: int, num_microbatches: int) -> list[list[Action]]:
+    sizes = (num_stages, num_microbatches)
+    return [forward_only(stage, *sizes) + backward_only(stage, *sizes) for stage in range(num_stages)]
+
+
+def test_half_a_pass_is_no_schedule():
+    with pytest.raises(ScheduleError, match="incomplete: stage 0 never runs F0"):
+        check_schedules([backward_only(stage, 2, 3) for stage in range(2)])
+
+
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_complete_and_ordered(p, m):
     check_schedules(one_f_one_b_all(p, m))
     check_schedules([forward_only(stage, p, m) for stage in range(p)])
+    check_schedules(both_halves(p, m))
 
 
 @pytest.mark.parametrize(("p", "m"), SIZES)
@@ -85,7 +109,7 @@ def test_receives_are_posted_one_compute_early(p, m):
     ],
 )
 def test_wrong_sizes(arguments, message):
-    for schedule in (one_f_one_b, forward_only):
+    for schedule in (one_f_one_b, forward_only, backward_only):
         with pytest.raises(ScheduleError, match=message):
             schedule(*arguments)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_tpp.errors import ConfigurationError, ScheduleError
-from hf_tpp.pipeline_parallel.schedule import Action, Kind, forward_only, one_f_one_b
+from hf_tpp.pipeline_parallel.schedule import Action, Kind, backward_only, forward_only, one_f_one_b
 from hf_tpp.pipeline_parallel.simulator import Event, Simulation, simulate
 
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 2 * p + 2)]
@@ -35,6 +35,15 @@ def test_forward_only_formulas(p, m):
     assert simulation.makespan == m + p - 1
     assert simulation.bubble == pytest.approx((p - 1) / (m + p - 1))
     assert simulation.in_flight == (0,) * p
+
+
+@pytest.mark.parametrize(("p", "m"), SIZES)
+def test_two_halves_formulas(p, m):
+    """The bubble of 1F1B, but every microbatch is kept on every stage until the backwards begin."""
+    simulation = simulate([forward_only(stage, p, m) + backward_only(stage, p, m) for stage in range(p)])
+    assert simulation.makespan == 3 * (m + p - 1)
+    assert simulation.bubble == pytest.approx((p - 1) / (m + p - 1))
+    assert simulation.in_flight == (m,) * p
 
 
 @given(data=st.data())

@@ -7,7 +7,7 @@ import pytest
 
 from hf_tpp.errors import ConfigurationError
 from hf_tpp.pipeline_parallel import schedule, timeline
-from hf_tpp.pipeline_parallel.schedule import Action, forward_only, one_f_one_b
+from hf_tpp.pipeline_parallel.schedule import Action, backward_only, forward_only, one_f_one_b
 from hf_tpp.pipeline_parallel.simulator import Event, Simulation, simulate
 from hf_tpp.pipeline_parallel.timeline import timeline_svg, timeline_text
 
@@ -42,6 +42,9 @@ def test_the_docstrings_show_the_true_pictures():
     assert textwrap.indent(PICTURE_4_6, "    ") in schedule.__doc__
     small = "\n".join(timeline_text(simulate_one_f_one_b(2, 2)).splitlines()[:3])
     assert textwrap.indent(small, "    ") in timeline.__doc__
+    halves = [forward_only(stage, 2, 3) + backward_only(stage, 2, 3) for stage in range(2)]
+    picture = "\n".join(timeline_text(simulate(halves)).splitlines()[:3])
+    assert textwrap.indent(picture, " " * 8) in backward_only.__doc__
 
 
 def test_text_widens_for_long_numbers_and_long_events():
