@@ -9,6 +9,7 @@ from transformers import DiffLlamaConfig
 from transformers.models.diffllama import modeling_diffllama
 
 from hf_tpp.check.tiny_model import Recipe, build_model
+from hf_tpp.errors import UnsupportedModelError
 from hf_tpp.mesh import Axis
 from hf_tpp.parts import ModelParts
 from hf_tpp.tensor_parallel.matching import find_rule
@@ -85,9 +86,17 @@ def test_a_head_that_does_more_than_a_linear_stays_whole():
 
 
 @pytest.mark.parametrize("further", [0, 16])
-def test_a_head_with_more_outputs_than_tokens_gathers_them(further):
+def test_a_head_before_a_loss_of_its_own_gathers_all_its_outputs(further):
     model = build_model(Recipe("llama"))
+    model.loss_function = lambda logits, labels, **_: logits.sum()
     model.lm_head = nn.Linear(64, model.config.vocab_size + further, bias=False)
     plan = plan_rewrite(model, ModelParts.find(model), TP).vocabulary
-    assert plan.gathers_logits is bool(further)
+    assert plan.gathers_logits
     assert plan.layout.size == model.config.vocab_size + further
+
+
+def test_a_head_with_more_outputs_than_the_loss_takes_is_refused():
+    model = build_model(Recipe("llama"))
+    model.lm_head = nn.Linear(64, model.config.vocab_size + 16, bias=False)
+    with pytest.raises(UnsupportedModelError, match="the head has 146 tokens and the configuration 130"):
+        plan_rewrite(model, ModelParts.find(model), TP)
