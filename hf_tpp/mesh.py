@@ -228,6 +228,13 @@ class ParallelMesh:
         """This process among all."""
         return self.replica.global_ranks[self.replica.rank]
 
+    def tp_twin(self) -> Group | None:
+        """A second group of the tp ranks, whose collectives do not wait for those of the first; None if tp is 1.
+
+        Collective: must be called by every process.
+        """
+        return _subgroup(torch.arange(self.world_size).reshape(-1, self.tp.size).tolist())
+
     def neighbours(self, num_copies: int) -> Group | None:
         """The `num_copies` neighbouring tp ranks that share a replicated unit, this rank's among them.
 

@@ -16,6 +16,7 @@ CONTESTANTS: dict[str, tuple[str, str]] = {
     "one GPU, layers compiled": ("one_gpu", "PlainCompiled"),
     "tensor parallel 2": ("ours", "TensorParallel"),
     "tensor parallel 2, compiled": ("ours", "TensorParallelCompiled"),
+    "tensor parallel 2, compiled, in turn": ("ours", "TensorParallelInTurn"),
     "tensor + sequence parallel 2": ("ours", "SequenceParallel"),
     "tensor + sequence parallel 2, compiled": ("ours", "SequenceParallelCompiled"),
     "pipeline parallel 2": ("ours", "PipelineParallel"),

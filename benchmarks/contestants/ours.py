@@ -15,6 +15,7 @@ __all__ = [
     "SequenceParallelCompiled",
     "TensorParallel",
     "TensorParallelCompiled",
+    "TensorParallelInTurn",
 ]
 
 
@@ -55,6 +56,12 @@ class TensorParallelCompiled(TensorParallel):
     """And blocks compiled."""
 
     compiles: ClassVar[bool] = True
+
+
+class TensorParallelInTurn(TensorParallelCompiled):
+    """And one microbatch after the other, with nothing beside its collectives."""
+
+    options: ClassVar[dict[str, Any]] = {"tp": 2, "overlap_microbatches": False}
 
 
 class SequenceParallel(_Parallel):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from hf_tpp.collectives.flat import all_gather_flat, reduce_scatter_flat
+from hf_tpp.collectives.lanes import of_lane
 
 __all__ = [
     "copy_to_tensor_parallel",
@@ -66,7 +67,7 @@ def _own_slice(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+        ctx.group = of_lane(group)
         return x.view_as(x)
 
     @staticmethod
@@ -80,8 +81,8 @@ class _CopyTo(torch.autograd.Function):
 class _ScatterTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _own_slice(x, dim, group)
+        ctx.dim, ctx.group = dim, of_lane(group)
+        return _own_slice(x, dim, ctx.group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -91,8 +92,8 @@ class _ScatterTo(torch.autograd.Function):
 class _GatherFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
+        ctx.dim, ctx.group = dim, of_lane(group)
+        return _all_gather(x, dim, ctx.group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -108,8 +109,8 @@ class _GatherSequence(_GatherFrom):
 class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _reduce_scatter(x, dim, group)
+        ctx.dim, ctx.group = dim, of_lane(group)
+        return _reduce_scatter(x, dim, ctx.group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -131,7 +132,7 @@ def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
         return x
     # The gradient is the identity, so autograd need not know: a node of our own would cost more than a small product.
     x = x.contiguous()
-    dist.all_reduce(x.detach(), group=group)
+    dist.all_reduce(x.detach(), group=of_lane(group))
     return x
 
 

@@ -6,6 +6,7 @@ The list that is simulated, drawn and tested is the list that runs.
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from hf_tpp.collectives.p2p import Receipt, StageLinks
 from hf_tpp.mesh import ParallelMesh
+from hf_tpp.pipeline_parallel.lanes import Lanes
 from hf_tpp.pipeline_parallel.payload import LeafSpec, Payload
 from hf_tpp.pipeline_parallel.rehearsal import Rehearsal
 from hf_tpp.pipeline_parallel.schedule import Action, Kind, backward_only, forward_only, one_f_one_b
@@ -68,6 +70,7 @@ class PipelineRunner:
         mesh: Who the neighbours are.
         links: Messages to them.
         rehearsal: What those messages are.
+        lanes: In which the microbatches of a training pass overlap; None where they do not.
         record: If true, `timeline` holds the times of the last pass.
         timeline: The actions of the last pass with their times.
     """
@@ -76,6 +79,7 @@ class PipelineRunner:
     mesh: ParallelMesh
     links: StageLinks
     rehearsal: Rehearsal
+    lanes: Lanes | None = None
     record: bool = False
     timeline: list[TimedAction] = field(default_factory=list)
 
@@ -105,7 +109,12 @@ class PipelineRunner:
         execution = _Execution(self, microbatches, traffic, start_microbatch, read_out)
         execution.output_gradients = [gradients] * len(microbatches)
         pp = self.mesh.pp
-        execution.run(one_f_one_b(pp.rank, pp.size, len(microbatches)))
+        schedule = one_f_one_b(pp.rank, pp.size, len(microbatches))
+        if self.lanes is None:
+            execution.run(schedule)
+        else:
+            with self.lanes.running():
+                execution.run(schedule, self.lanes)
         return execution.outputs, execution.gradients
 
     def open(
@@ -205,7 +214,7 @@ class _Execution:
         self.started = 0.0
         self.gradients = KeptGradients(len(runner.stage.parameters))
 
-    def run(self, schedule: Sequence[Action]) -> None:
+    def run(self, schedule: Sequence[Action], lanes: Lanes | None = None) -> None:
         """Execute the actions in order."""
         self.links.open(max(traffic.num_bytes for traffic in self.traffic))
         execute: dict[Kind, Callable[[int], None]] = {
@@ -218,7 +227,8 @@ class _Execution:
         }
         for action in schedule:
             self.started = time.perf_counter()
-            execute[action.kind](action.microbatch)
+            with nullcontext() if lanes is None else lanes.lane(action.kind, action.microbatch):
+                execute[action.kind](action.microbatch)
             if self.runner.record:
                 self.timeline.append(TimedAction(action, self.started, time.perf_counter()))
         self.links.drain()

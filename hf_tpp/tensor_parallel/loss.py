@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from hf_tpp.collectives.lanes import of_lane
 from hf_tpp.plan.layout import Layout
 
 __all__ = ["VocabParallelCausalLMLoss", "vocab_parallel_cross_entropy"]
@@ -103,7 +104,7 @@ def _chunks(logits: torch.Tensor) -> Iterator[slice]:
 
 def _all_reduce(x: torch.Tensor, op: Any, group: Group) -> None:
     if group is not None:
-        dist.all_reduce(x, op=op, group=group)
+        dist.all_reduce(x, op=op, group=of_lane(group))
 
 
 class VocabParallelCausalLMLoss:

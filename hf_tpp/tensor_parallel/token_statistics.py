@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hf_tpp.collectives.lanes import of_lane
 from hf_tpp.plan.layout import Layout
 
 __all__ = ["STATISTICS", "token_statistics"]
@@ -111,4 +112,4 @@ class _TokenStatistics(torch.autograd.Function):
 
 def _all_reduce(x: torch.Tensor, op: Any, group: Group) -> None:
     if group is not None:
-        dist.all_reduce(x, op=op, group=group)
+        dist.all_reduce(x, op=op, group=of_lane(group))

@@ -63,6 +63,7 @@ def default_matrix() -> list[Case]:
     return cases
 
 
+OVERLAP = {"overlap_microbatches": True}
 short = partial(Case, steps=4)
 FURTHER = [
     *(short(model, tp=2) for model in ("qwen2", "mistral", "llama_bias")),
@@ -93,6 +94,9 @@ FURTHER = [
     short("llama_gqa", pp=2, vocab_size=LARGE_AND_ODD, num_layers=2, options={"align_vocabulary": False}),
     short("gpt_neox", dp=2, vocab_size=LARGE_AND_ODD, num_layers=2),
     short("llama_tied", tp=2, vocab_size=LARGE_AND_ODD, num_layers=2),
+    short("llama_gqa", tp=2, num_layers=2, num_microbatches=3, checkpointing=True, options=OVERLAP),
+    short("gpt2", tp=2, dp=2, num_layers=2, num_microbatches=2, options=OVERLAP),
+    short("gpt_neox", tp=2, num_layers=2, num_microbatches=4, sequence_parallel=True, options=OVERLAP),
 ]
 
 

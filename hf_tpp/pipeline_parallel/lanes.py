@@ -1,0 +1,92 @@
+"""Two lanes in which microbatches take turns, so that one computes while the collectives of another are on their way.
+
+    lane 0    F0    B0 B0    F2    B2 B2            a lane: a stream, and a communicator of its own for the tp group
+    lane 1             F1    B1 B1    F3    B3 B3   F1 runs beside B0, F2 beside B1, ...
+
+A forward waits for the forward before it, a backward for the backward before it; only the forward of a microbatch and
+the backward of the one before it overlap. So everything that passes change in order (sums of gradients, buffers that a
+forward renews) is still changed in that order, and the results are the same, bit for bit, as without lanes. The host
+issues F0 B0 F1 B1 ... as ever: a graph is gone before the next one is built, and since it issues faster than the device
+runs, the device finds F1 in its queue while it runs B0.
+
+The price: torch's allocator keeps the memory that lanes have freed apart, so that it reserves up to twice as much for
+activations. Its peak of allocated memory stays the same.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from hf_tpp.collectives.lanes import on_twin
+from hf_tpp.errors import ConfigurationError
+from hf_tpp.mesh import ParallelMesh
+from hf_tpp.pipeline_parallel.schedule import Kind
+
+__all__ = ["Lanes", "can_overlap"]
+
+
+class Lanes:
+    """The lanes of one stage.
+
+    Args:
+        mesh: With a tp group, which the first lane uses; the other uses its twin. On a CPU there are no streams, and
+            lanes differ in their communicator alone.
+
+    Collective: every process of the job.
+    """
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        twin = mesh.tp_twin()
+        assert mesh.tp.group is not None
+        assert twin is not None
+        self._device = device = mesh.device
+        self._groups = mesh.tp.group, twin
+        self._streams = [torch.cuda.Stream(device) for _ in self._groups] if device.type == "cuda" else []
+        self._last: dict[Kind, torch.cuda.Event] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a pass: it begins after what was issued before, and what is issued afterwards waits for it."""
+        if not self._streams:
+            yield
+            return
+        current = torch.cuda.current_stream(self._device)
+        self._last.clear()
+        for stream in self._streams:
+            stream.wait_stream(current)
+        try:
+            yield
+        finally:
+            for stream in self._streams:
+                current.wait_stream(stream)
+
+    @contextmanager
+    def lane(self, kind: Kind, microbatch: int) -> Iterator[None]:
+        """Around the forward or the backward of a microbatch."""
+        index = microbatch % 2
+        with on_twin(*self._groups) if index else nullcontext():
+            if not self._streams:
+                yield
+                return
+            stream = self._streams[index]
+            with torch.cuda.stream(stream):
+                if kind in self._last:
+                    stream.wait_event(self._last[kind])
+                yield
+                self._last[kind] = stream.record_event()
+
+
+def can_overlap(wanted: bool | None, tp_size: int, pp_size: int, data_parallel: str) -> bool:
+    """Whether a model of these sizes can have lanes.
+
+    Raises:
+        ConfigurationError: They are `wanted`, and it cannot.
+    """
+    possible = tp_size > 1 and pp_size == 1 and data_parallel == "replicate"
+    if wanted and not possible:
+        raise ConfigurationError(
+            f"overlap_microbatches=True with tp={tp_size}, pp={pp_size}, data_parallel={data_parallel!r}: only "
+            f"microbatches of a single tensor-parallel stage with replicated weights overlap (tp > 1, pp=1, "
+            f"data_parallel='replicate'); leave it out"
+        )
+    return possible
