@@ -20,6 +20,7 @@ from hf_tpp.checkpoint.source import InitialWeights, LoadedWeights, WeightSource
 from hf_tpp.collectives.agreement import agree_on, checksum, text_hash
 from hf_tpp.collectives.p2p import StageLinks
 from hf_tpp.compilation import CompiledBlocks, CompileOptions, compile_options
+from hf_tpp.cuda_graphs import PassRecorder, check_recordable
 from hf_tpp.data_parallel import DATA_PARALLEL, check_shardable, replicas_of
 from hf_tpp.dropout import DropoutStreams
 from hf_tpp.errors import AlreadyParallelError, ConfigurationError, HfTppError
@@ -56,6 +57,7 @@ def parallelize(
     compile: bool | CompileOptions | None = None,
     align_vocabulary: bool = True,
     overlap_microbatches: bool | None = None,
+    cuda_graphs: bool = False,
     data_parallel: str = "replicate",
     plan: UserPlan | None = None,
     checkpoint: Any = None,
@@ -86,6 +88,8 @@ def parallelize(
         overlap_microbatches: With tp > 1 and pp=1, run the forward of a microbatch beside the backward of the one
             before, so that one computes while the other communicates. Default: on GPUs, where replicas hold everything.
             torch reserves up to twice as much memory for activations.
+        cuda_graphs: On GPUs with pp=1, record training passes of the same shapes as CUDA graphs and replay them, which
+            leaves the host out; passes that cannot be recorded run as ever. A sum of the gradients is held for each.
         data_parallel: What replicas hold: "replicate", each everything; "fully_shard", each a part of the weights,
             gradients and optimizer state, gathered while a pass runs (FSDP2 over the dp axis).
         plan: How to cut modules that are not cut right by themselves: pattern of module names -> `Region`, or None for
@@ -130,6 +134,7 @@ def parallelize(
         "compile": compile,
         "align_vocabulary": align_vocabulary,
         "overlap_microbatches": overlap_microbatches,
+        "cuda_graphs": cuda_graphs,
         "data_parallel": data_parallel,
         "plan": plan,
         "seed": seed,
@@ -138,7 +143,7 @@ def parallelize(
         "verify": verify,
         "patch": patch,
     }
-    assembly, source, verify = _decide(model, world_size, options, checkpoint, control)
+    assembly, source, verify = _decide(model, world_size, options, checkpoint, device, control)
     mesh = ParallelMesh.create(tp, pp, torch.device(device) if device else local_device(), control)
     verification = BlockVerification.capture(assembly) if verify else None
     weights: WeightSource = source or _weights_of(model, assembly, seed)
@@ -148,6 +153,8 @@ def parallelize(
     overlaps = mesh.device.type == "cuda" if overlap_microbatches is None else overlap_microbatches
     if overlaps and can_overlap(overlap_microbatches, tp, pp, data_parallel):
         calls.runner.lanes = Lanes(mesh)
+    if cuda_graphs:
+        calls.recorder = PassRecorder(model, mesh.device)
     num_bytes = sum(local_part(parameter.detach()).nbytes for parameter in model.parameters())
     report = describe(type(model).__name__, assembly.stages, mesh, specs, num_bytes)
     report += describe_probe(assembly.cuts.regions, assembly.cuts.declined)
@@ -162,7 +169,7 @@ def parallelize(
 
 
 def _decide(
-    model: nn.Module, world_size: int, options: Mapping[str, Any], checkpoint: Any, control: Any
+    model: nn.Module, world_size: int, options: Mapping[str, Any], checkpoint: Any, device: Any, control: Any
 ) -> tuple[Assembly, WeightSource | None, bool]:
     """Take all decisions together with the other ranks, before anything is changed; `options` are the user's."""
     tp, pp, plan, num_microbatches = (options[name] for name in ("tp", "pp", "plan", "num_microbatches"))
@@ -174,6 +181,8 @@ def _decide(
         _check_arguments(model, num_microbatches, options["data_parallel"])
         compile_options(options["compile"])
         can_overlap(options["overlap_microbatches"], tp, pp, options["data_parallel"])
+        if options["cuda_graphs"]:
+            check_recordable(torch.device(device or local_device()).type, pp, options["data_parallel"])
         if check_world(world_size, tp, pp) > 1 and options["data_parallel"] == "fully_shard":
             check_shardable(model)
         if options["patch"]:

@@ -4,12 +4,16 @@ What the code of a model shows by itself (names, sizes, attributes) is read from
 """
 
 import sys
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_tpp.errors import UnsupportedModelError
@@ -18,6 +22,7 @@ __all__ = [
     "CACHE_ARGUMENTS",
     "CACHE_OUTPUT",
     "STALE_KEYS",
+    "PackedSequences",
     "check_family",
     "fewest_padded_rows",
     "stores_experts_transposed",
@@ -48,6 +53,44 @@ _TIED_ON_META_SINCE = "5.17"
 """The first version seen that ties the weights of a model that is built on the meta device."""
 _MASK = "apply_mask_to_padding_states"
 """The function of a model's module by which they do; a private name of transformers, read in old versions only."""
+
+_PACKING = "find_packed_sequence_indices"
+"""The function of `masking_utils` that looks for several sequences in a row, and waits for the device to answer."""
+_WITHOUT_POSITIONS = {"input_ids", "inputs_embeds", "attention_mask", "labels", "num_items_in_batch", "use_cache"}
+"""Arguments of a call that leaves the positions to the model."""
+
+
+@dataclass(slots=True)
+class PackedSequences:
+    """Remembers that rows whose positions the model counts itself hold one sequence each.
+
+    transformers looks at the positions in every forward without a mask, and the host stands still until the device has
+    answered, all that was issued before included. Positions that the model counts depend on shapes alone: it is asked
+    once for each. Of one model.
+    """
+
+    _single: set[tuple[int, ...]] = field(default_factory=set)
+
+    @contextmanager
+    def remembered(self, microbatches: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        """Within this context forwards of these microbatches do not ask again."""
+        search = getattr(masking_utils, _PACKING, None)
+        if search is None or any(not part.keys() <= _WITHOUT_POSITIONS for part in microbatches):
+            yield
+            return
+
+        def search_once(position_ids: torch.Tensor) -> torch.Tensor | None:
+            shape = tuple(position_ids.shape)
+            found = None if shape in self._single else search(position_ids)
+            if found is None:
+                self._single.add(shape)
+            return found
+
+        setattr(masking_utils, _PACKING, search_once)
+        try:
+            yield
+        finally:
+            setattr(masking_utils, _PACKING, search)
 
 
 def check_family(kind: str, family: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_tpp.compilation import CompiledBlocks
+from hf_tpp.cuda_graphs import PassRecorder
 from hf_tpp.data_parallel import Replicas
 from hf_tpp.dropout import DropoutStreams
 from hf_tpp.gradients.release import BackwardScale
@@ -27,6 +28,7 @@ from hf_tpp.pipeline_parallel.stage import Traffic
 from hf_tpp.plan.layout import Layout
 from hf_tpp.sharding import ShardSpec
 from hf_tpp.tensor_parallel.region import RegionState
+from hf_tpp.transformers_versions import PackedSequences
 
 __all__ = ["Batch", "CallContext", "to_device"]
 
@@ -60,6 +62,8 @@ class CallContext:
         num_outside: Training calls without labels so far.
         dtypes: Type of each parameter when the model was made parallel.
         residual: The parameter that carries the norm of other ranks.
+        recorder: Records passes as CUDA graphs; None where none are.
+        packed_sequences: What the model was found to make of rows.
         after_backward: Runs once every backward pass has filled `p.grad`.
         sync_gradients: Average over the replicas after backward.
         agreement: Compare the batch between ranks before it runs.
@@ -87,6 +91,8 @@ class CallContext:
     num_outside: int = 0
     dtypes: Mapping[nn.Parameter, torch.dtype] = field(init=False)
     residual: nn.Parameter | None = None
+    recorder: PassRecorder | None = None
+    packed_sequences: PackedSequences = field(default_factory=PackedSequences)
     after_backward: Callable[[], None] = field(default=lambda: None)
     sync_gradients: bool = True
     agreement: bool = True

@@ -57,7 +57,7 @@ def outside_call(
         read = reading.read(index, output)
         return (*read, router_loss) if isinstance(router_loss, torch.Tensor) else read
 
-    with training_mode(context, training.draws):
+    with training_mode(context, training):
         opened = context.runner.open(*start_forwards(context, training), read_out)
     context.num_outside += 1
     outputs = reading.share([output[: reading.width] for output in opened.outputs])
@@ -117,7 +117,7 @@ class _WaitingBackward:
                 "logits, which needs them as they were: call backward() first"
             )
         self._agree(gradients)
-        with training_mode(context, self.training.draws):
+        with training_mode(context, self.training):
             kept = self.opened.finish(self._per_microbatch(gradients) if context.mesh.pp.is_last else ())
         whole = context.replicas.computing(self.trained)
         summed = sum_shared_gradients(kept.tensors, whole, [*self.trained.values()], context.mesh)

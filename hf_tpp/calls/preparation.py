@@ -89,11 +89,12 @@ def prepare_training(context: CallContext, batch: Batch, has_loss: bool) -> Trai
 
 
 @contextmanager
-def training_mode(context: CallContext, draws: bool) -> Iterator[None]:
+def training_mode(context: CallContext, training: TrainingBatch) -> Iterator[None]:
     """Whole weights, dropout streams and sequence shards, for forwards and for what backwards compute again."""
     context.regions.sequence_parallel = context.sequence_parallel
+    packing = context.packed_sequences.remembered(training.microbatches)
     try:
-        with context.replicas.gathered(), context.streams.running(draws):
+        with context.replicas.gathered(), context.streams.running(training.draws), packing:
             yield
     finally:
         context.regions.sequence_parallel = False

@@ -5,6 +5,7 @@ without labels    forwards alone; their logits carry the backwards (outside.py)
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from hf_tpp.calls.sharing import share_logits, share_loss
 from hf_tpp.gradients.release import release_gradients
 from hf_tpp.gradients.synchronize import sum_shared_gradients
 from hf_tpp.pipeline_parallel.payload import Payload
+from hf_tpp.pipeline_parallel.runner import KeptGradients
+from hf_tpp.pipeline_parallel.stage import Gradients
 
 __all__ = ["training_call"]
 
@@ -54,8 +57,16 @@ def _whole_pass(context: CallContext, training: TrainingBatch) -> LossOutput:
     mesh = context.mesh
     trained = context.choose_trained()
     gradients = (context.scale.value, None)[: 1 + context.train_logits]
-    with training_mode(context, training.draws):
-        found, kept = context.runner.train(*start_forwards(context, training), read_out, gradients)
+    with training_mode(context, training):
+        microbatches, traffic, start_microbatch = start_forwards(context, training)
+
+        def train(microbatches: Sequence[dict[str, Any]], gradients: Gradients) -> tuple[list[Payload], KeptGradients]:
+            return context.runner.train(microbatches, traffic, start_microbatch, read_out, gradients)
+
+        if context.recorder is None or training.draws:
+            found, kept = train(microbatches, gradients)
+        else:
+            found, kept = context.recorder.train(train, microbatches, gradients)
     loss = torch.zeros((), device=mesh.device)
     for output in found:
         loss = loss + output[0]

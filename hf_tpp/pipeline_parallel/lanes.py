@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+
 from hf_tpp.collectives.lanes import on_twin
 from hf_tpp.errors import ConfigurationError
 from hf_tpp.mesh import ParallelMesh
