@@ -16,6 +16,7 @@ __all__ = [
     "TensorParallel",
     "TensorParallelCompiled",
     "TensorParallelInTurn",
+    "TensorParallelRecorded",
 ]
 
 
@@ -23,6 +24,7 @@ class _Parallel(Contestant):
     starts_distributed: ClassVar[bool] = True
     options: ClassVar[dict[str, Any]]
     compiles: ClassVar[bool] = False
+    records: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -30,6 +32,7 @@ class _Parallel(Contestant):
             setting.model(),
             num_microbatches=self.workload.num_microbatches,
             device=setting.device,
+            cuda_graphs=self.records and setting.device.type == "cuda",
             compile={"backend": setting.compile_backend} if self.compiles else False,
             **self.options,
         )
@@ -62,6 +65,12 @@ class TensorParallelInTurn(TensorParallelCompiled):
     """And one microbatch after the other, with nothing beside its collectives."""
 
     options: ClassVar[dict[str, Any]] = {"tp": 2, "overlap_microbatches": False}
+
+
+class TensorParallelRecorded(TensorParallelCompiled):
+    """And whole passes recorded as CUDA graphs."""
+
+    records: ClassVar[bool] = True
 
 
 class SequenceParallel(_Parallel):

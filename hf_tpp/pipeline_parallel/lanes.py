@@ -5,7 +5,8 @@
 
 A forward waits for the forward before it, a backward for the backward before it; only the forward of a microbatch and
 the backward of the one before it overlap. So everything that passes change in order (sums of gradients, buffers that a
-forward renews) is still changed in that order, and the results are the same, bit for bit, as without lanes. The host
+forward renews) is still changed in that order, and the results are the same, bit for bit, as without lanes. What one
+lane allocates, the other may read only while it stays allocated until the pass ends. The host
 issues F0 B0 F1 B1 ... as ever: a graph is gone before the next one is built, and since it issues faster than the device
 runs, the device finds F1 in its queue while it runs B0.
 
@@ -13,8 +14,9 @@ The price: torch's allocator keeps the memory that lanes have freed apart, so th
 activations. Its peak of allocated memory stays the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -42,17 +44,25 @@ class Lanes:
         assert twin is not None
         self._device = device = mesh.device
         self._groups = mesh.tp.group, twin
-        self._streams = [torch.cuda.Stream(device) for _ in self._groups] if device.type == "cuda" else []
+        is_cuda = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in self._groups] if is_cuda else []
+        self._leaf_stream = torch.cuda.Stream(device) if is_cuda else None
         self._last: dict[Kind, torch.cuda.Event] = {}
+        self._leaves: dict[torch.Tensor, Any] = {}
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around a pass: it begins after what was issued before, and what is issued afterwards waits for it."""
+    def running(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Around a pass: it begins after what was issued before, and what is issued afterwards waits for it.
+
+        Args:
+            parameters: Whose gradients the pass computes.
+        """
         if not self._streams:
             yield
             return
         current = torch.cuda.current_stream(self._device)
         self._last.clear()
+        self._hold_leaves(parameters)
         for stream in self._streams:
             stream.wait_stream(current)
         try:
@@ -60,6 +70,18 @@ class Lanes:
         finally:
             for stream in self._streams:
                 current.wait_stream(stream)
+
+    def _hold_leaves(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Give the gradients of weights a stream that is no lane's.
+
+        Autograd brings a gradient to the stream in which the leaf of its graph was made, usually by the first forward.
+        Were that a lane, this lane would wait there for backwards of the other, and its next forward with it.
+        """
+        if self._leaves.keys() != set(parameters):
+            with torch.cuda.stream(self._leaf_stream):
+                self._leaves = {
+                    parameter: torch.autograd.graph.get_gradient_edge(parameter).node for parameter in parameters
+                }
 
     @contextmanager
     def lane(self, kind: Kind, microbatch: int) -> Iterator[None]:

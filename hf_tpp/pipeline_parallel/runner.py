@@ -39,11 +39,18 @@ class TimedAction:
 
 
 class KeptGradients:
-    """Gradients of the parameters, summed over the microbatches and kept apart from `p.grad`."""
+    """Gradients of the parameters, summed over the microbatches and kept apart from `p.grad`.
 
-    def __init__(self, num_parameters: int) -> None:
+    Args:
+        num_parameters: How many.
+        in_lanes: Microbatches run in several streams. A sum is then one tensor throughout: memory that one stream frees
+            while another still reads it would be used again too early.
+    """
+
+    def __init__(self, num_parameters: int, in_lanes: bool = False) -> None:
         self.tensors: list[torch.Tensor | None] = [None] * num_parameters
         self._is_own = [False] * num_parameters
+        self._in_lanes = in_lanes
 
     def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add one microbatch."""
@@ -52,7 +59,8 @@ class KeptGradients:
                 continue
             kept = self.tensors[index]
             if kept is None:
-                self.tensors[index] = gradient
+                self.tensors[index] = gradient.clone() if self._in_lanes else gradient
+                self._is_own[index] = self._in_lanes
             elif self._is_own[index]:
                 kept.add_(gradient)
             else:
@@ -113,7 +121,8 @@ class PipelineRunner:
         if self.lanes is None:
             execution.run(schedule)
         else:
-            with self.lanes.running():
+            execution.gradients = KeptGradients(len(self.stage.parameters), in_lanes=True)
+            with self.lanes.running(self.stage.parameters):
                 execution.run(schedule, self.lanes)
         return execution.outputs, execution.gradients
 
