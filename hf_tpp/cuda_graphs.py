@@ -21,8 +21,10 @@ import torch
 from torch import nn
 
 from hf_tpp.errors import ConfigurationError
+from hf_tpp.pipeline_parallel.lanes import HeldLeaves
 from hf_tpp.pipeline_parallel.payload import Payload
 from hf_tpp.pipeline_parallel.runner import KeptGradients
+from hf_tpp.transformers_versions import unlike_tracing
 
 __all__ = ["PassRecorder", "check_recordable"]
 
@@ -75,6 +77,7 @@ class PassRecorder:
     _failed: bool = False
     _pool: Any = None
     _stream: Any = None
+    _leaves: HeldLeaves = field(default_factory=HeldLeaves)
 
     def train(self, train: Train, microbatches: Microbatches, gradients: Gradients) -> Result:
         """Run a pass, or the recording of one that was like it.
@@ -106,6 +109,7 @@ class PassRecorder:
         """As ever, but in the stream that is recorded later: what is compiled or set up may depend on it."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
+        self._leaves.hold([parameter for parameter in self.model.parameters() if parameter.requires_grad], self._stream)
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         try:
@@ -136,7 +140,7 @@ class PassRecorder:
         own_gradients = [None if gradient is None else next(rest) for gradient in gradients]
         graph = torch.cuda.CUDAGraph()
         # Backwards are issued by a thread of autograd's own, and a thread of NCCL looks at events meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
+        with unlike_tracing(), torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
             outputs, kept = train(own, own_gradients)
         return _Recording(graph, inputs, outputs, kept.tensors)
 

@@ -27,6 +27,7 @@ __all__ = [
     "fewest_padded_rows",
     "stores_experts_transposed",
     "tie_on_meta",
+    "unlike_tracing",
 ]
 
 VERSION = Version(transformers.__version__)
@@ -91,6 +92,21 @@ class PackedSequences:
             yield
         finally:
             setattr(masking_utils, _PACKING, search)
+
+
+@contextmanager
+def unlike_tracing() -> Iterator[None]:
+    """Within this context masks are made as ever, also while a CUDA graph is recorded.
+
+    transformers takes a recording for a trace, and makes explicit masks there, which keep attention from its fast path.
+    What looks at values cannot be recorded anyway, and says so.
+    """
+    before = masking_utils.is_tracing  # type: ignore[attr-defined]
+    masking_utils.is_tracing = lambda tensor=None: False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = before  # type: ignore[attr-defined]
 
 
 def check_family(kind: str, family: str) -> None:

@@ -25,7 +25,27 @@ from hf_tpp.errors import ConfigurationError
 from hf_tpp.mesh import ParallelMesh
 from hf_tpp.pipeline_parallel.schedule import Kind
 
-__all__ = ["Lanes", "can_overlap"]
+__all__ = ["HeldLeaves", "Lanes", "can_overlap"]
+
+
+class HeldLeaves:
+    """The ends of the graphs at the weights, held in a stream of their own.
+
+    Autograd brings the gradient of a weight to the stream in which that end was made, by the first forward or by a loss
+    that the caller still has. Were that a lane, it would wait there for backwards of the other lane, and its next
+    forward with it.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: dict[torch.Tensor, Any] = {}
+
+    def hold(self, parameters: Sequence[torch.Tensor], stream: torch.cuda.Stream) -> None:
+        """Make those that are not held yet, in `stream`; for as long as this lives."""
+        if self._nodes.keys() == set(parameters):
+            return
+        with torch.cuda.stream(stream):
+            edges = {parameter: torch.autograd.graph.get_gradient_edge(parameter) for parameter in parameters}
+        self._nodes = {parameter: edge.node for parameter, edge in edges.items()}
 
 
 class Lanes:
@@ -48,7 +68,7 @@ class Lanes:
         self._streams = [torch.cuda.Stream(device) for _ in self._groups] if is_cuda else []
         self._leaf_stream = torch.cuda.Stream(device) if is_cuda else None
         self._last: dict[Kind, torch.cuda.Event] = {}
-        self._leaves: dict[torch.Tensor, Any] = {}
+        self._leaves = HeldLeaves()
 
     @contextmanager
     def running(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -62,7 +82,8 @@ class Lanes:
             return
         current = torch.cuda.current_stream(self._device)
         self._last.clear()
-        self._hold_leaves(parameters)
+        assert self._leaf_stream is not None
+        self._leaves.hold(parameters, self._leaf_stream)
         for stream in self._streams:
             stream.wait_stream(current)
         try:
@@ -70,18 +91,6 @@ class Lanes:
         finally:
             for stream in self._streams:
                 current.wait_stream(stream)
-
-    def _hold_leaves(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Give the gradients of weights a stream that is no lane's.
-
-        Autograd brings a gradient to the stream in which the leaf of its graph was made, usually by the first forward.
-        Were that a lane, this lane would wait there for backwards of the other, and its next forward with it.
-        """
-        if self._leaves.keys() != set(parameters):
-            with torch.cuda.stream(self._leaf_stream):
-                self._leaves = {
-                    parameter: torch.autograd.graph.get_gradient_edge(parameter).node for parameter in parameters
-                }
 
     @contextmanager
     def lane(self, kind: Kind, microbatch: int) -> Iterator[None]:
