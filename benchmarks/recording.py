@@ -68,12 +68,12 @@ class Record:
         return "\n".join(lines)
 
 
-HEADER = f"{'model':6} {'contestant':44} {'step ms':>9} {'tokens/s':>9} {'MFU':>6} {'x':>5} {'peak GiB':>11}  losses"
+HEADER = f"{'model':6} {'contestant':52} {'step ms':>9} {'tokens/s':>9} {'MFU':>6} {'x':>5} {'peak GiB':>11}  losses"
 
 
 def line_of(result: dict[str, Any], first: dict[str, Any]) -> str:
     """One result as a line; `x` says how many times faster than `first`."""
-    front = f"{result['model']:6} {result['contestant']:44}"
+    front = f"{result['model']:6} {result['contestant']:52}"
     if "failed" in result:
         return f"{front} {'failed: ' + result['failed']}"
     seconds = result["step_seconds"]

@@ -28,7 +28,7 @@ from hf_tpp.integrations import activate, check_classes
 from hf_tpp.mesh import ParallelMesh, check_world, control_group, initialize_distributed, local_device
 from hf_tpp.parallel_model import ParallelState, install, parallel_state
 from hf_tpp.pipeline_parallel.flow import StageFlow
-from hf_tpp.pipeline_parallel.lanes import Lanes, can_overlap
+from hf_tpp.pipeline_parallel.lanes import Lanes, check_overlap
 from hf_tpp.pipeline_parallel.loss_note import LossNote, counts_tokens
 from hf_tpp.pipeline_parallel.rehearsal import Rehearsal
 from hf_tpp.pipeline_parallel.runner import PipelineRunner
@@ -56,7 +56,7 @@ def parallelize(
     sequence_parallel: bool = False,
     compile: bool | CompileOptions | None = None,
     align_vocabulary: bool = True,
-    overlap_microbatches: bool | None = None,
+    overlap_microbatches: bool = False,
     cuda_graphs: bool = False,
     data_parallel: str = "replicate",
     plan: UserPlan | None = None,
@@ -86,10 +86,8 @@ def parallelize(
         align_vocabulary: With tp=1, compute the products of a head over a large vocabulary of an odd size (50257) as if
             it were a multiple of 64, for which GPUs are faster. (Shards of a vocabulary always are.)
         overlap_microbatches: With tp > 1 and pp=1, run the forward of a microbatch beside the backward of the one
-            before, so that one computes while the other communicates. Default: on GPUs, where replicas hold everything.
-            torch reserves up to twice as much memory for activations.
-        cuda_graphs: On GPUs with pp=1, record training passes of the same shapes as CUDA graphs and replay them, which
-            leaves the host out; passes that cannot be recorded run as ever. A sum of the gradients is held for each.
+            before: one computes while the other communicates. torch reserves up to twice the memory for activations.
+        cuda_graphs: On GPUs with pp=1, record training passes as CUDA graphs, and replay those; see `cuda_graphs.py`.
         data_parallel: What replicas hold: "replicate", each everything; "fully_shard", each a part of the weights,
             gradients and optimizer state, gathered while a pass runs (FSDP2 over the dp axis).
         plan: How to cut modules that are not cut right by themselves: pattern of module names -> `Region`, or None for
@@ -150,8 +148,7 @@ def parallelize(
     calls, specs = _build(assembly, mesh, weights, data_parallel)
     calls.num_microbatches, calls.eval_logits, calls.train_logits = num_microbatches, eval_logits, train_logits
     calls.compiled_blocks.compile(compile)
-    overlaps = mesh.device.type == "cuda" if overlap_microbatches is None else overlap_microbatches
-    if overlaps and can_overlap(overlap_microbatches, tp, pp, data_parallel):
+    if overlap_microbatches:
         calls.runner.lanes = Lanes(mesh)
     if cuda_graphs:
         calls.recorder = PassRecorder(model, mesh.device)
@@ -180,7 +177,8 @@ def _decide(
     try:
         _check_arguments(model, num_microbatches, options["data_parallel"])
         compile_options(options["compile"])
-        can_overlap(options["overlap_microbatches"], tp, pp, options["data_parallel"])
+        if options["overlap_microbatches"]:
+            check_overlap(tp, pp, options["data_parallel"])
         if options["cuda_graphs"]:
             check_recordable(torch.device(device or local_device()).type, pp, options["data_parallel"])
         if check_world(world_size, tp, pp) > 1 and options["data_parallel"] == "fully_shard":

@@ -15,7 +15,7 @@ __all__ = [
     "SequenceParallelCompiled",
     "TensorParallel",
     "TensorParallelCompiled",
-    "TensorParallelInTurn",
+    "TensorParallelOverlapped",
     "TensorParallelRecorded",
 ]
 
@@ -61,13 +61,13 @@ class TensorParallelCompiled(TensorParallel):
     compiles: ClassVar[bool] = True
 
 
-class TensorParallelInTurn(TensorParallelCompiled):
-    """And one microbatch after the other, with nothing beside its collectives."""
+class TensorParallelOverlapped(TensorParallelCompiled):
+    """And the forward of a microbatch beside the backward of the one before."""
 
-    options: ClassVar[dict[str, Any]] = {"tp": 2, "overlap_microbatches": False}
+    options: ClassVar[dict[str, Any]] = {"tp": 2, "overlap_microbatches": True}
 
 
-class TensorParallelRecorded(TensorParallelCompiled):
+class TensorParallelRecorded(TensorParallelOverlapped):
     """And whole passes recorded as CUDA graphs."""
 
     records: ClassVar[bool] = True

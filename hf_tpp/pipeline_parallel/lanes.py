@@ -25,7 +25,7 @@ from hf_tpp.errors import ConfigurationError
 from hf_tpp.mesh import ParallelMesh
 from hf_tpp.pipeline_parallel.schedule import Kind
 
-__all__ = ["HeldLeaves", "Lanes", "can_overlap"]
+__all__ = ["HeldLeaves", "Lanes", "check_overlap"]
 
 
 class HeldLeaves:
@@ -108,17 +108,15 @@ class Lanes:
                 self._last[kind] = stream.record_event()
 
 
-def can_overlap(wanted: bool | None, tp_size: int, pp_size: int, data_parallel: str) -> bool:
-    """Whether a model of these sizes can have lanes.
+def check_overlap(tp_size: int, pp_size: int, data_parallel: str) -> None:
+    """Refuse lanes where there can be none.
 
     Raises:
-        ConfigurationError: They are `wanted`, and it cannot.
+        ConfigurationError: A model of these sizes cannot have them.
     """
-    possible = tp_size > 1 and pp_size == 1 and data_parallel == "replicate"
-    if wanted and not possible:
+    if tp_size == 1 or pp_size > 1 or data_parallel != "replicate":
         raise ConfigurationError(
             f"overlap_microbatches=True with tp={tp_size}, pp={pp_size}, data_parallel={data_parallel!r}: only "
             f"microbatches of a single tensor-parallel stage with replicated weights overlap (tp > 1, pp=1, "
             f"data_parallel='replicate'); leave it out"
         )
-    return possible

@@ -7,6 +7,7 @@ import torch
 
 from tests.parity.dropout import HIDDEN, Job, one_pass
 from tests.parity.dropout import train as train_with_dropout
+from tests.parity.recorded import train_in_all_ways
 from tests.parity.training import Case, assert_equal, join, run_parallel, run_single
 from tests.ranks import run_ranks
 
@@ -19,6 +20,7 @@ CASES = [
     Case("llama_one_kv", tp=2, attention="eager"),
     Case("gpt_neox", tp=2, checkpointing=True),
     Case("llama_tied", pp=2, num_microbatches=3),
+    Case("gpt2", tp=2, num_microbatches=3, options={"overlap_microbatches": True}),
 ]
 
 
@@ -44,6 +46,20 @@ def test_two_gpus_equal_one_process() -> None:
     ranks = run_ranks(run_cases, 2, init=False, timeout=70.0)
     for index, case in enumerate(CASES):
         assert_equal(case, run_single(case), [results[index] for results in ranks])
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_lanes_and_recordings_change_no_bit() -> None:
+    """Steps of two lengths, one of them accumulated: the passes of the longer are recorded, and replayed."""
+    lanes, graphs = {"overlap_microbatches": True}, {"cuda_graphs": True}
+    ways = [{}, lanes, graphs, lanes | graphs]
+    for results in run_ranks(train_in_all_ways, 2, ways, init=False, timeout=100.0):
+        steps, weights, _ = results[0]
+        assert [recordings for *_, recordings in results] == [None, None, 1, 1]
+        for others in results[1:]:
+            assert others[0] == steps
+            assert all(torch.equal(one, other) for one, other in zip(weights, others[1], strict=True))
 
 
 @pytest.mark.gpu

@@ -42,6 +42,8 @@ NAMES = {
     "transformers.modeling_utils: PreTrainedModel._keys_to_ignore_on_load_unexpected": "what a checkpoint may hold",
     "transformers.modeling_layers: GradientCheckpointingLayer._gradient_checkpointing_func": "reentrant is refused",
     "transformers.models.gpt_oss.modeling_gpt_oss: GptOssExperts._apply_gate": "how gate and up lie in fused experts",
+    "transformers.masking_utils: find_packed_sequence_indices": "changed in passes whose answer is known",
+    "transformers.masking_utils: is_tracing": "changed while a CUDA graph is recorded",
     "torch.nn.modules.module: Module._apply": "overridden: replicas that share weights move together",
     "torch.nn.modules.module: Module._buffers": "buffers that are filled anew",
     "torch.nn.modules.module: Module._forward_hooks": "modules with hooks cannot be cut",

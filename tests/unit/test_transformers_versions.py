@@ -7,6 +7,7 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -14,10 +15,12 @@ from hf_tpp.errors import UnsupportedModelError
 from hf_tpp.pipeline_parallel.cache import cache_argument, new_cache, takes_cache
 from hf_tpp.transformers_versions import (
     CACHE_OUTPUT,
+    PackedSequences,
     check_family,
     fewest_padded_rows,
     stores_experts_transposed,
     tie_on_meta,
+    unlike_tracing,
 )
 
 HOME = "model_of_another_version"
@@ -147,3 +150,61 @@ def test_the_output_has_the_cache():
     cache = object()
     output = CausalLMOutputWithPast(logits=torch.ones(1), **{CACHE_OUTPUT: cache})
     assert output.to_tuple()[1] is cache
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Positions in which transformers looked for several sequences."""
+    seen: list[torch.Tensor] = []
+    search = masking_utils.find_packed_sequence_indices
+
+    def noted(position_ids: torch.Tensor) -> torch.Tensor | None:
+        seen.append(position_ids)
+        return search(position_ids)
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", noted)
+    return seen
+
+
+def forward(packed: PackedSequences, **batch: torch.Tensor) -> torch.Tensor:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=16))
+    with packed.remembered([batch]):
+        return model(**batch, use_cache=False).logits
+
+
+def test_rows_without_positions_are_searched_once_for_each_shape(searches):
+    packed = PackedSequences()
+    for seq, count in ((8, 1), (8, 1), (6, 2), (8, 2)):
+        forward(packed, input_ids=torch.ones(2, seq, dtype=torch.long))
+        assert len(searches) == count
+    forward(PackedSequences(), input_ids=torch.ones(2, 8, dtype=torch.long))
+    assert len(searches) == 3
+
+
+def test_rows_with_positions_are_searched_every_time(searches):
+    packed = PackedSequences()
+    ids = torch.arange(8)[None]
+    forward(packed, input_ids=ids)
+    whole = forward(packed, input_ids=ids, position_ids=torch.arange(8)[None])
+    cut = forward(packed, input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
+    assert len(searches) == 3
+    assert torch.equal(whole[:, :4], cut[:, :4])
+    assert not torch.equal(whole[:, 4:], cut[:, 4:])
+
+
+def test_masks_are_made_as_ever_while_recording(monkeypatch):
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
+    ids = torch.arange(8)[None]
+    config = LlamaConfig(hidden_size=16, num_attention_heads=2)
+    config._attn_implementation = "sdpa"
+
+    def mask() -> torch.Tensor | None:
+        embeds = torch.zeros(1, 8, 16)
+        return masking_utils.create_causal_mask(config, embeds, None, None, position_ids=ids)
+
+    assert mask() is not None, "transformers no longer makes explicit masks in a trace: unlike_tracing can go"
+    with unlike_tracing():
+        assert mask() is None
+    assert masking_utils.is_tracing()
