@@ -83,7 +83,7 @@ def run_plain(recipe: Recipe, folder: Path) -> PlainRun:
         layers = num_layers(model.config)  # type: ignore[arg-type]
         record = record_run(model, folder)
         if "train" not in record.troubles:
-            record.twin = record_twin(build_model(recipe))
+            record.twin = record_twin(build_model(recipe), evaluates=record.logits is not None)
         return PlainRun(record, type(model).__name__, size, layers)
 
 

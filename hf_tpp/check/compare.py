@@ -87,7 +87,8 @@ def _of_every_rank(plain: Record, rank: RankRecord) -> list[Difference]:
         found += _scalars("loss", (ours.losses, plain.losses, twin.losses), LOSS_TOLERANCE, where)
         found += _scalars("gradient norm", (ours.norms, plain.norms, twin.norms), TENSOR_TOLERANCE, where)
     if ours.logits is not None and plain.logits is not None:
-        found += _tensor("evaluate", "logits", ours.logits, plain.logits, where=where)
+        twin_logits = None if plain.twin is None else plain.twin.logits  # trained before, and rounded with the weights
+        found += _tensor("evaluate", "logits", ours.logits, plain.logits, twin_logits, where)
     if ours.tokens is not None and plain.tokens is not None:
         found += _tensor("generate", "tokens", ours.tokens, plain.tokens, where=where)
     return found

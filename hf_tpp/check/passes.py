@@ -70,7 +70,7 @@ class Record:
         tokens: [rows, prompt + new], or None.
         troubles: Part -> why it failed.
         finished: Parts after which the run went on.
-        twin: Of a plain run: the training part of the same run from weights that are off by their last bit.
+        twin: Of a plain run: training and logits of the same run from weights that are off by their last bit.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -84,8 +84,13 @@ class Record:
     twin: "Record | None" = None
 
 
-def record_twin(model: nn.Module) -> Record:
-    """Train `model` after its weights were moved by one unit in the last place, to measure what rounding does to it."""
+def record_twin(model: nn.Module, evaluates: bool) -> Record:
+    """Train, and evaluate, with weights that are moved by one unit in the last place: what does rounding do to a model?
+
+    Args:
+        model: A plain one, as the run began.
+        evaluates: It can.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,6 +99,8 @@ def record_twin(model: nn.Module) -> Record:
                 parameter.copy_(torch.nextafter(parameter, away.to(parameter.dtype) * torch.inf))
     record = Record()
     _train((0, 1), model, record, Path())
+    if evaluates:
+        _evaluate(model, record, Path())
     return record
 
 

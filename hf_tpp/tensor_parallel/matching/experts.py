@@ -40,7 +40,8 @@ def match_experts(module: nn.Module, tp_size: int) -> RegionRule | None:
         return None
     if getattr(module, "has_post_expert_norm", False):
         return None
-    if any(len(parameters[name]) != len(down) for name in column_names):
+    has_identity_expert = getattr(module, "identity_expert", None) is not None
+    if any(len(parameters[name]) != len(down) for name in column_names) and not has_identity_expert:
         return None  # experts without a second matrix: LongCat's identity experts, before they were a module
     is_transposed = _is_transposed(module, parameters[column_names[0]], down)
     num_neurons = down.shape[1 if is_transposed else 2]
