@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from hf_tpp.errors import CheckpointError, ConfigurationError
+from hf_tpp_conversion.files.bands import bands
 from hf_tpp_conversion.files.dtypes import Array
 from hf_tpp_conversion.files.manifest import MANIFEST_NAME
 from hf_tpp_conversion.files.sums import Summer
-from hf_tpp_conversion.files.writing import bands, sync, write_all, write_at
+from hf_tpp_conversion.files.writing import sync, write_all, write_at
 
 __all__ = ["Destination", "check_target"]
 
@@ -115,7 +116,7 @@ class Destination:
         Args:
             name: The file.
             position: Where in the file.
-            arrays: Any views; each band of rows is made contiguous by itself.
+            arrays: Any views; each band is made contiguous by itself.
             num_bytes: What they must add up to.
             with_crc: Compute their CRC-32, which archives need.
 
@@ -126,7 +127,7 @@ class Destination:
         descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             for band in bands(arrays):
-                view = memoryview(band.reshape(-1).view(np.uint8).data)
+                view = memoryview(np.ascontiguousarray(band).reshape(-1).view(np.uint8).data)
                 sums.add(view)
                 write_all(descriptor, position + written, view)
                 written += len(view)
