@@ -1,17 +1,18 @@
 """The streaming core: read one tensor of the whole model, write every piece of it, forget it."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_tpp.errors import ConfigurationError
 from hf_tpp_conversion.families import FAMILIES, family_of_model
+from hf_tpp_conversion.files.bands import bands
 from hf_tpp_conversion.files.destination import Destination, check_target
-from hf_tpp_conversion.files.dtypes import ITEM_SIZES, Array, cast, parse_dtype
-from hf_tpp_conversion.files.writing import bands
+from hf_tpp_conversion.files.dtypes import Array, carrier, cast, parse_dtype
 from hf_tpp_conversion.formats.checkpoint import Checkpoint, Plan, WholeTensor
 from hf_tpp_conversion.formats.detect import open_checkpoint
 from hf_tpp_conversion.formats.huggingface_writing import plan_huggingface
@@ -23,7 +24,8 @@ from hf_tpp_conversion.model.partition import Partition
 __all__ = ["Conversion", "convert", "execute", "plan_conversion"]
 
 Progress = Callable[[int], object]
-_READING = 1.5  # a tensor and the part of it that is being put into place
+_PAGE = 4096
+_ASIDE = 0.5  # of a tensor: what some formats hold beside it while they put its parts into place
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,26 +138,41 @@ def execute(job: Conversion, source: Checkpoint, plan: Plan, progress: Progress 
                 checksum = destination.write_arrays(piece.file, piece.position, arrays, piece.num_bytes, in_archive)
                 if piece.archive is not None:
                     checksums[piece.archive][piece.storage] = checksum
-            del whole
         for (file, archive), sums in zip(plan.archives, checksums, strict=True):
             for position, content in archive.frame(sums):
                 destination.write_part(file, position, content)
 
 
 def _read_ahead(source: Checkpoint) -> Iterator[tuple[str, WholeTensor, Array]]:
-    """Tensors in order, the next one being read while one is written, where both fit into twice the largest."""
+    """Tensors in order, each valid until the next; that one is being read meanwhile, where there is room for both.
+
+    The room is twice the largest tensor, and used over and over: the kernel clears every page that it hands out, and
+    with memory of its own for each tensor that would take as long as all the reading.
+    """
     tensors = list(source.tensors.items())
-    sizes = [math.prod(tensor.spec.shape) * ITEM_SIZES[tensor.dtype] for _, tensor in tensors]
-    limit = 2 * max(sizes)
+    room = np.empty(2 * (max(tensor.num_bytes for _, tensor in tensors) + _PAGE), np.uint8)
     with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        ahead: Future[Array] | None = None
+        held = range(0)
+        reading: Future[Array] | None = None
         for index, (name, tensor) in enumerate(tensors):
-            whole = ahead.result() if ahead else tensor.read()
-            following = index + 1
-            fits = following < len(tensors) and sizes[index] + _READING * sizes[following] <= limit
-            ahead = pool.submit(tensors[following][1].read) if fits else None
+            if reading is None:
+                held = range(tensor.num_bytes)
+                reading = pool.submit(_read, tensor, room, held)
+            whole = reading.result()
+            reading, before = None, held
+            if index + 1 < len(tensors):
+                following = tensors[index + 1][1]
+                first = 0 if following.num_bytes <= before.start else -(-before.stop // _PAGE) * _PAGE
+                held = range(first, first + following.num_bytes)
+                if held.stop + int(_ASIDE * following.num_bytes) <= len(room):
+                    reading = pool.submit(_read, following, room, held)
             yield name, tensor, whole
-            del whole
+
+
+def _read(tensor: WholeTensor, room: Array, place: range) -> Array:
+    whole = room[place.start : place.stop].view(carrier(tensor.dtype)).reshape(tensor.spec.shape)
+    tensor.read_into(whole)
+    return whole
 
 
 def _typed(cut: Callable[[Array], Any], whole: Array, source: str, target: str, name: str) -> Any:

@@ -6,16 +6,16 @@ Drawn for 4 query heads in 2 groups:
     blocks       [q0 q1 q2 q3 | k0 k1 | v0 v1]                      GPT-2, Phi-3
     grouped      [q0 q1 k0 v0 | q2 q3 k1 v1]                        Megatron; GPT-NeoX, where every head is a group
 
-A `Transform` says how one tensor of Megatron is made of one or several of Hugging Face's. `join` fills the former part
-by part, `split` takes one part out, so that no more than the one tensor and a part of it are in memory.
+A `Transform` says how one tensor of Megatron is made of one or several of Hugging Face's. `split` shows where a part
+lies in it, `join` fills these places from the file, so that no more than the one tensor is in memory.
 """
 
-import itertools
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from hf_tpp_conversion.files.dtypes import Array
 from hf_tpp_conversion.model.architecture import Architecture
@@ -36,14 +36,10 @@ Shape = tuple[int, ...]
 
 
 class Read(Protocol):
-    """Reads a part: into contiguous memory that is given, or into its own."""
+    """Reads a part into views whose bytes follow one another in it."""
 
-    @property
-    def dtype(self) -> npt.DTypeLike:
-        """Type of the integers that carry the bits."""
-
-    def __call__(self, into: Array | None = None) -> Array:
-        """The part."""
+    def __call__(self, targets: Iterable[Array]) -> None:
+        """Fill them."""
 
 
 class Transform(Protocol):
@@ -52,73 +48,61 @@ class Transform(Protocol):
     def part_shapes(self, shape: Shape, model: Architecture) -> list[Shape]:
         """Shapes of the parts of a tensor of `shape`."""
 
-    def join(self, reads: Sequence[Read], shape: Shape, model: Architecture) -> Array:
-        """Parts, read one after the other, -> the tensor."""
+    def join(self, reads: Sequence[Read], whole: Array, model: Architecture) -> None:
+        """Fill the tensor with its parts, read one after the other."""
 
     def split(self, whole: Array, part: int, model: Architecture) -> list[Array]:
         """The tensor -> part number `part`, as views whose bytes follow one another."""
 
 
-class _Same:
+class _Views(ABC):
+    """A transform whose parts are views of the tensor: they are read straight into place."""
+
+    def join(self, reads: Sequence[Read], whole: Array, model: Architecture) -> None:
+        for part, read in enumerate(reads):
+            read(self.split(whole, part, model))
+
+    @abstractmethod
+    def split(self, whole: Array, part: int, model: Architecture) -> list[Array]: ...
+
+
+class _Same(_Views):
     def part_shapes(self, shape: Shape, model: Architecture) -> list[Shape]:
         return [shape]
-
-    def join(self, reads: Sequence[Read], shape: Shape, model: Architecture) -> Array:
-        return reads[0]()
 
     def split(self, whole: Array, part: int, model: Architecture) -> list[Array]:
         return [whole]
 
 
-class _Transposed:
+class _Transposed(_Views):
     """[in, out] of GPT-2's Conv1D <-> [out, in]."""
 
     def part_shapes(self, shape: Shape, model: Architecture) -> list[Shape]:
         return [shape[::-1]]
 
-    def join(self, reads: Sequence[Read], shape: Shape, model: Architecture) -> Array:
-        return reads[0]().T
-
     def split(self, whole: Array, part: int, model: Architecture) -> list[Array]:
         return [whole.T]
 
 
-class _Separate:
+class _Separate(_Views):
     """q [heads d, ...], k and v [groups d, ...] <-> grouped [(heads + 2 groups) d, ...]."""
 
     def part_shapes(self, shape: Shape, model: Architecture) -> list[Shape]:
         query, key = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
         return [(size, *shape[1:]) for size in (query, key, key)]
 
-    def join(self, reads: Sequence[Read], shape: Shape, model: Architecture) -> Array:
-        first = reads[0]()
-        whole = np.empty(shape, first.dtype)
-        _group_slice(whole, 0, model)[...] = first.reshape(_group_slice(whole, 0, model).shape)
-        del first
-        for part in (1, 2):
-            target = _group_slice(whole, part, model)
-            target[...] = reads[part]().reshape(target.shape)
-        return whole
-
     def split(self, whole: Array, part: int, model: Architecture) -> list[Array]:
-        taken = _group_slice(whole, part, model)
-        return [taken.reshape(-1, *whole.shape[1:])]
+        return [_group_slice(whole, part, model)]
 
 
-class _Blocks:
+class _Blocks(_Views):
     """[q | k | v] in one tensor <-> grouped."""
 
     def part_shapes(self, shape: Shape, model: Architecture) -> list[Shape]:
         return [shape]
 
-    def join(self, reads: Sequence[Read], shape: Shape, model: Architecture) -> Array:
-        fused = reads[0]()
-        bounds = np.cumsum([0, *(part[0] for part in SEPARATE.part_shapes(shape, model))]).tolist()
-        parts = [_InMemory(fused[start:stop]) for start, stop in itertools.pairwise(bounds)]
-        return SEPARATE.join(parts, shape, model)
-
     def split(self, whole: Array, part: int, model: Architecture) -> list[Array]:
-        return [piece for index in range(3) for piece in SEPARATE.split(whole, index, model)]
+        return [_group_slice(whole, index, model) for index in range(3)]
 
 
 class _TransposedBlocks:
@@ -127,25 +111,25 @@ class _TransposedBlocks:
     def part_shapes(self, shape: Shape, model: Architecture) -> list[Shape]:
         return [shape[::-1]]
 
-    def join(self, reads: Sequence[Read], shape: Shape, model: Architecture) -> Array:
-        return BLOCKS.join([_InMemory(reads[0]().T)], shape, model)
+    def join(self, reads: Sequence[Read], whole: Array, model: Architecture) -> None:
+        fused = np.empty(whole.shape[::-1], whole.dtype)  # three places in every row: too many views
+        reads[0]([fused])
+        columns = 0
+        for target in BLOCKS.split(whole, 0, model):
+            size = math.prod(target.shape[:3])
+            target[...] = fused[:, columns : columns + size].T.reshape(target.shape)
+            columns += size
 
     def split(self, whole: Array, part: int, model: Architecture) -> list[Array]:
-        return [np.concatenate(BLOCKS.split(whole, 0, model)).T]
+        blocks = BLOCKS.split(whole, 0, model)
+        return [np.concatenate([block.reshape(-1, *whole.shape[1:]) for block in blocks]).T]
 
 
-class _GateUp:
+class _GateUp(_Views):
     """gate and up, one tensor each <-> [all gate; all up]."""
 
     def part_shapes(self, shape: Shape, model: Architecture) -> list[Shape]:
         return [(shape[0] // 2, *shape[1:])] * 2
-
-    def join(self, reads: Sequence[Read], shape: Shape, model: Architecture) -> Array:
-        half, dtype = shape[0] // 2, reads[0].dtype
-        whole = np.empty(shape, dtype)
-        reads[0](whole[:half])
-        reads[1](whole[half:])
-        return whole
 
     def split(self, whole: Array, part: int, model: Architecture) -> list[Array]:
         half = len(whole) // 2
@@ -162,19 +146,6 @@ def _group_slice(whole: Array, part: int, model: Architecture) -> Array:
     grouped = whole.reshape(model.num_query_groups, queries + 2, model.kv_channels, *whole.shape[1:])
     first = 0 if part == 0 else queries + part - 1
     return grouped[:, first : first + (queries if part == 0 else 1)]
-
-
-class _InMemory:
-    """A part that was read already."""
-
-    def __init__(self, values: Array) -> None:
-        self._values, self.dtype = values, values.dtype
-
-    def __call__(self, into: Array | None = None) -> Array:
-        if into is None:
-            return self._values
-        into[...] = self._values
-        return into
 
 
 def qkv_from_version(local: Array, version: float, kv_channels: int) -> Array:

@@ -82,10 +82,11 @@ class MegatronCheckpoint:
         if self._last[0] != tensor.spec.name:  # query, key and value lie in one tensor: read it once
             self._last = ("", None)
             self._last = (tensor.spec.name, tensor.read())
-        row = self._table.row(tensor.spec)
-        pieces = row.transform.split(self._last[1], part, self._architecture)
-        values = torch.cat([_values(piece.copy(), tensor) for piece in pieces])
-        return shard_tensor(values, spec, device, dtype)
+        transform = self._table.row(tensor.spec).transform
+        pieces = transform.split(self._last[1], part, self._architecture)
+        values = torch.cat([_values(piece.copy().reshape(-1), tensor) for piece in pieces])
+        shape = transform.part_shapes(tensor.spec.shape, self._architecture)[part]
+        return shard_tensor(values.view(shape), spec, device, dtype)
 
     def buffer(self, name: str, device: torch.device) -> torch.Tensor:
         """A buffer, computed as the model does: Megatron stores none."""

@@ -2,17 +2,17 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 
 import numpy as np
 
 from hf_tpp.errors import CheckpointError
+from hf_tpp_conversion.files.bands import BAND, bands
 from hf_tpp_conversion.files.dtypes import Array, carrier
 from hf_tpp_conversion.files.manifest import Manifest
 from hf_tpp_conversion.files.stored import StoredArray
 
 __all__ = ["read_array", "read_into", "read_rows"]
-
-_BAND = 16 * 2**20
 
 
 def read_array(stored: StoredArray, name: str, manifest: Manifest | None = None) -> Array:
@@ -22,12 +22,12 @@ def read_array(stored: StoredArray, name: str, manifest: Manifest | None = None)
         CheckpointError: The file ends early, or its bytes were changed.
     """
     values = np.empty(stored.shape, carrier(stored.dtype))
-    read_into(stored, values, name, manifest)
+    read_into(stored, [values], name, manifest)
     return values
 
 
-def read_into(stored: StoredArray, target: Array, name: str, manifest: Manifest | None = None) -> None:
-    """Fill a contiguous `target` of the array's size.
+def read_into(stored: StoredArray, targets: Iterable[Array], name: str, manifest: Manifest | None = None) -> None:
+    """Fill views whose bytes follow one another in the file; together they have the array's size.
 
     Raises:
         CheckpointError: The file ends early, or its bytes were changed.
@@ -35,29 +35,41 @@ def read_into(stored: StoredArray, target: Array, name: str, manifest: Manifest 
     position = stored.start()
     expected = manifest.expected(stored.file, position, stored.num_bytes) if manifest else None
     digest = hashlib.sha256() if expected else None
-    view = memoryview(target.reshape(-1).view(np.uint8).data) if stored.num_bytes else memoryview(b"")
+    scratch = np.empty(0, np.uint8)
     try:
         descriptor = os.open(stored.file, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{stored.file} cannot be read ({error.strerror}): check its permissions") from error
     try:
         done = 0
-        while done < len(view):
-            band = view[done : done + _BAND]
-            count = os.preadv(descriptor, [band], position + done)
-            if count == 0:
-                raise CheckpointError(f"{stored.file} ends within {name!r}: copy the file again")
+        for band in bands(targets):
+            in_place = band.flags.c_contiguous
+            if not in_place and not scratch.size:
+                scratch = np.empty(BAND, np.uint8)
+            flat = band.reshape(-1).view(np.uint8) if in_place else scratch[: band.nbytes]
+            _read_all(descriptor, position + done, memoryview(flat.data), stored, name)
             if digest:
-                digest.update(band[:count])
-            done += count
+                digest.update(flat.data)
+            if not in_place:
+                band[...] = flat.view(band.dtype).reshape(band.shape)
+            done += band.nbytes
     finally:
         os.close(descriptor)
+    assert done == stored.num_bytes, f"{name}: {done} bytes were asked for, {stored.num_bytes} are stored"
     if digest and manifest:
         manifest.check(stored.file, position, stored.num_bytes, digest.hexdigest(), name)
 
 
+def _read_all(descriptor: int, position: int, view: memoryview, stored: StoredArray, name: str) -> None:
+    """Fill `view`, however many calls the system wants."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], position + done)
+        if count == 0:
+            raise CheckpointError(f"{stored.file} ends within {name!r}: copy the file again")
+        done += count
+
+
 def read_rows(stored: StoredArray, index: int, name: str) -> Array:
     """Entry `index` of the first dimension, without reading the others (experts that are stored as one tensor)."""
-    size = stored.num_bytes // stored.shape[0]
-    one = StoredArray(stored.file, stored.start() + index * size, stored.shape[1:], stored.dtype)
-    return read_array(one, name)
+    return read_array(stored.entry(index), name)

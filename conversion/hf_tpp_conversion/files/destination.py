@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from hf_tpp.errors import CheckpointError, ConfigurationError
+from hf_tpp_conversion.files.bands import bands
 from hf_tpp_conversion.files.dtypes import Array
 from hf_tpp_conversion.files.manifest import MANIFEST_NAME
 from hf_tpp_conversion.files.sums import Summer
-from hf_tpp_conversion.files.writing import bands, sync, write_all, write_at
+from hf_tpp_conversion.files.syncing import Syncer
+from hf_tpp_conversion.files.writing import sync, write_all, write_at
 
 __all__ = ["Destination", "check_target"]
 
@@ -57,7 +59,7 @@ class Destination:
         self._needed = needed
         self._progress = progress or (lambda _: None)
         self._sums: dict[str, dict[str, str]] = {}
-        self._summer = Summer()
+        self._summer, self._syncer = Summer(), Syncer()
 
     @contextlib.contextmanager
     def open(self) -> Iterator["Destination"]:
@@ -82,6 +84,7 @@ class Destination:
             ) from error
         finally:
             self._summer.close()
+            self._syncer.close()
             if lock is not None:
                 shutil.rmtree(self.staging, ignore_errors=True)
                 os.close(lock)
@@ -115,7 +118,7 @@ class Destination:
         Args:
             name: The file.
             position: Where in the file.
-            arrays: Any views; each band of rows is made contiguous by itself.
+            arrays: Any views; each band is made contiguous by itself.
             num_bytes: What they must add up to.
             with_crc: Compute their CRC-32, which archives need.
 
@@ -123,10 +126,11 @@ class Destination:
             The CRC-32, or 0.
         """
         sums, written = self._summer.begin(with_crc), 0
-        descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT, 0o666)
+        path = self._path(name)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             for band in bands(arrays):
-                view = memoryview(band.reshape(-1).view(np.uint8).data)
+                view = memoryview(np.ascontiguousarray(band).reshape(-1).view(np.uint8).data)
                 sums.add(view)
                 write_all(descriptor, position + written, view)
                 written += len(view)
@@ -136,6 +140,7 @@ class Destination:
             digest, checksum = sums.finish()
         assert written == num_bytes, f"{name} at {position}: {written} bytes were written, {num_bytes} planned"
         self._sums.setdefault(name, {})[f"{position}:{num_bytes}"] = digest
+        self._syncer.wrote(path, num_bytes)
         return checksum
 
     def _path(self, name: str) -> Path:
@@ -165,6 +170,7 @@ class Destination:
 
     def _publish(self) -> None:
         """Sync everything, then rename."""
+        self._syncer.finish()
         manifest = json.dumps({"format": 1, "files": self._sums}, indent=1, sort_keys=True)
         (self.staging / MANIFEST_NAME).write_text(manifest + "\n")
         (self.staging / _LOCK).unlink()

@@ -43,3 +43,8 @@ class StoredArray:
             return self.offset
         assert self.archive is not None
         return self.archive.locate(self.record) + self.skip
+
+    def entry(self, index: int) -> "StoredArray":
+        """Entry `index` of the first dimension."""
+        size = self.num_bytes // self.shape[0]
+        return StoredArray(self.file, self.start() + index * size, self.shape[1:], self.dtype)

@@ -1,28 +1,9 @@
-"""Bytes onto the disk: arrays in contiguous bands, at any position of a file."""
+"""Bytes onto the disk, at any position of a file."""
 
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-
-from hf_tpp_conversion.files.dtypes import Array
-
-__all__ = ["bands", "sync", "write_all", "write_at"]
-
-_BAND = 4 * 2**20
-
-
-def bands(arrays: Iterable[Array]) -> Iterator[Array]:
-    """Contiguous pieces of at most 4 MiB (or one row), in order."""
-    for array in arrays:
-        if array.ndim == 0 or array.nbytes <= _BAND:
-            if array.size:
-                yield np.ascontiguousarray(array)
-            continue
-        rows = max(1, _BAND * array.shape[0] // array.nbytes)
-        for first in range(0, array.shape[0], rows):
-            yield np.ascontiguousarray(array[first : first + rows])
+__all__ = ["sync", "write_all", "write_at"]
 
 
 def write_at(path: Path, position: int, views: list[memoryview]) -> None:

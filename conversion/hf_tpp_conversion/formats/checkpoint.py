@@ -1,12 +1,15 @@
 """What formats have in common: tensors that are read when asked for, and files that are laid out before they are."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_tpp.errors import CheckpointError
-from hf_tpp_conversion.files.dtypes import FLOATS, Array
+from hf_tpp_conversion.files.dtypes import FLOATS, ITEM_SIZES, Array, carrier
 from hf_tpp_conversion.files.stored import StoredArray
 from hf_tpp_conversion.files.torch_zip_writing import ZipPlan
 from hf_tpp_conversion.model.architecture import Architecture
@@ -23,12 +26,23 @@ class WholeTensor:
     Attributes:
         spec: Its name and shape.
         dtype: Its type.
-        read: Reads it: `spec.shape`, bits in unsigned integers.
+        read_into: Reads it into contiguous memory: `spec.shape`, bits in unsigned integers.
     """
 
     spec: TensorSpec
     dtype: str
-    read: Callable[[], Array]
+    read_into: Callable[[Array], None]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.spec.shape) * ITEM_SIZES[self.dtype]
+
+    def read(self) -> Array:
+        """Read it into memory of its own."""
+        whole = np.empty(self.spec.shape, carrier(self.dtype))
+        self.read_into(whole)
+        return whole
 
 
 @dataclass(frozen=True, slots=True)

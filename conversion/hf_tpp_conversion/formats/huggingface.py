@@ -1,12 +1,12 @@
 """Hugging Face folders: config.json, safetensors files, and what lies beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hf_tpp.errors import CheckpointError
 from hf_tpp_conversion.families import Family, family_of_config
-from hf_tpp_conversion.files.arrays import read_array, read_into, read_rows
-from hf_tpp_conversion.files.dtypes import Array, carrier
+from hf_tpp_conversion.files.arrays import read_into, read_rows
+from hf_tpp_conversion.files.dtypes import Array
 from hf_tpp_conversion.files.json_reading import read_json
 from hf_tpp_conversion.files.manifest import Manifest
 from hf_tpp_conversion.files.stored import StoredArray
@@ -49,13 +49,9 @@ class _Part:
 
     def __init__(self, name: str, stored: StoredArray, manifest: Manifest) -> None:
         self._name, self._stored, self._manifest = name, stored, manifest
-        self.dtype = carrier(stored.dtype)
 
-    def __call__(self, into: Array | None = None) -> Array:
-        if into is None:
-            return read_array(self._stored, self._name, self._manifest)
-        read_into(self._stored, into, self._name, self._manifest)
-        return into
+    def __call__(self, targets: Iterable[Array]) -> None:
+        read_into(self._stored, targets, self._name, self._manifest)
 
 
 class _Reader:
@@ -76,7 +72,7 @@ class _Reader:
         parts = [self._find(name, shape) for name, shape in zip(row.hf, shapes, strict=True)]
         dtype = common_dtype([part for _, part in parts], row.hf[0])
         reads = [self._read(name, part) for name, part in parts]
-        return WholeTensor(spec, dtype, lambda: row.transform.join(reads, spec.shape, self.model))
+        return WholeTensor(spec, dtype, lambda whole: row.transform.join(reads, whole, self.model))
 
     def _find(self, name: str, shape: tuple[int, ...]) -> tuple[str, StoredArray]:
         base = self.family.table.base
@@ -97,7 +93,9 @@ class _Reader:
         if self.model.experts is None or stored.shape != (self.model.experts.num_experts, *spec.shape):
             raise CheckpointError(f"{stored.file}: tensor {key!r} has shape {list(stored.shape)}, no experts' shape")
         self.used.add(key)
-        return WholeTensor(spec, common_dtype([stored], key), lambda: read_rows(stored, expert, key))
+        return WholeTensor(
+            spec, common_dtype([stored], key), lambda whole: read_into(stored.entry(expert), [whole], key)
+        )
 
     def _read(self, name: str, stored: StoredArray) -> "_Part":
         return _Part(name, stored, self.manifest)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_tpp.errors import CheckpointError
 from hf_tpp_conversion.files.arrays import read_array, read_into, read_rows
-from hf_tpp_conversion.files.dtypes import Array, carrier
+from hf_tpp_conversion.files.dtypes import Array
 from hf_tpp_conversion.files.manifest import Manifest
 from hf_tpp_conversion.files.stored import StoredArray
 from hf_tpp_conversion.files.torch_tensors import array_of
@@ -108,7 +108,7 @@ class Ranks:
         present = [part for part in parts if part is not None]
         self._check_shapes(spec, present)
         dtype = common_dtype([part.array for part in present], spec.name)
-        return WholeTensor(spec, dtype, lambda: self._join(spec, present))
+        return WholeTensor(spec, dtype, lambda whole: self._join(spec, present, whole))
 
     def _check_shapes(self, spec: TensorSpec, parts: list[_Part]) -> None:
         expected = local_shape(spec, self.partition.tp, self.padded)
@@ -123,35 +123,35 @@ class Ranks:
                     f"{part.array.file}: {part.name!r} has shape {list(shape)}, the args ask for {list(expected)}"
                 )
 
-    def _join(self, spec: TensorSpec, parts: list[_Part]) -> Array:
-        dtype = carrier(parts[0].array.dtype)
+    def _join(self, spec: TensorSpec, parts: list[_Part], whole: Array) -> None:
         if len(parts) == 1 and parts[0].row is None and parts[0].array.shape == spec.shape:
-            return self._upgraded(read_array(parts[0].array, parts[0].name, self.manifest), spec)
+            read_into(parts[0].array, [whole], parts[0].name, self.manifest)
+            if (upgraded := self._upgraded(whole, spec)) is not whole:
+                whole[...] = upgraded
+            return
         if spec.dim is None:
-            return self._replicated(spec, parts)
-        whole = np.empty(spec.shape, dtype)
+            self._replicated(spec, parts, whole)
+            return
         for tp_rank, part in enumerate(parts):
             local = self._upgraded(self._read(part, spec), spec)
             join(whole, local, spec, tp_rank, len(parts))
-        return whole
 
     def _read(self, part: _Part, spec: TensorSpec) -> Array:
         if part.row is None:
             return read_array(part.array, part.name, self.manifest)
         return _one_expert(part, spec, self.partition.tp, self.model)
 
-    def _replicated(self, spec: TensorSpec, parts: list[_Part]) -> Array:
+    def _replicated(self, spec: TensorSpec, parts: list[_Part], first: Array) -> None:
         """A tensor that every tensor-parallel rank holds whole; all must agree."""
-        first = read_array(parts[0].array, parts[0].name, self.manifest)
+        read_into(parts[0].array, [first], parts[0].name, self.manifest)
         other = np.empty_like(first)
         for part in parts[1:]:
-            read_into(part.array, other, part.name, self.manifest)
+            read_into(part.array, [other], part.name, self.manifest)
             if not np.array_equal(first, other):
                 raise CheckpointError(
                     f"{parts[0].array.file} and {part.array.file} hold different values of {spec.name!r}, which all "
                     f"tensor-parallel ranks share: these are not files of one checkpoint"
                 )
-        return first
 
     def _upgraded(self, local: Array, spec: TensorSpec) -> Array:
         """Query, key and value of an old checkpoint in today's order."""

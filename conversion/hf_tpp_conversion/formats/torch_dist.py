@@ -19,7 +19,7 @@ import numpy as np
 from hf_tpp.errors import CheckpointError
 from hf_tpp_conversion.configs.megatron_partition import partition_from_args
 from hf_tpp_conversion.files.arrays import read_into
-from hf_tpp_conversion.files.dtypes import FLOATS, Array, carrier
+from hf_tpp_conversion.files.dtypes import FLOATS, Array
 from hf_tpp_conversion.files.manifest import Manifest
 from hf_tpp_conversion.files.stored import StoredArray
 from hf_tpp_conversion.files.torch_tensors import array_of
@@ -121,7 +121,7 @@ class _Reader:
             raise CheckpointError(
                 f"{self.folder / '.metadata'}: {key!r} has the type {tensor.dtype}: no weights have it"
             )
-        return WholeTensor(spec, tensor.dtype, lambda: self._read(spec, tensor, chunks, indices, key))
+        return WholeTensor(spec, tensor.dtype, lambda whole: self._read(spec, tensor, chunks, indices, key, whole))
 
     def _covering(self, key: str, tensor: StoredTensor, indices: tuple[int, ...]) -> list[Chunk]:
         """The chunks that hold anything of the tensor at `indices`."""
@@ -155,10 +155,15 @@ class _Reader:
                 self._files.add(chunk.file)
 
     def _read(
-        self, spec: TensorSpec, tensor: StoredTensor, chunks: list[Chunk], indices: tuple[int, ...], key: str
-    ) -> Array:
+        self,
+        spec: TensorSpec,
+        tensor: StoredTensor,
+        chunks: list[Chunk],
+        indices: tuple[int, ...],
+        key: str,
+        whole: Array,
+    ) -> None:
         depth = len(indices)
-        whole = np.empty(spec.shape, carrier(tensor.dtype))
         for chunk in chunks:
             array = self._array(chunk, tensor, key)
             sizes = tuple(
@@ -167,18 +172,13 @@ class _Reader:
             if min(sizes, default=1) <= 0:
                 continue  # padding only
             target = whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets[depth:], sizes, strict=True))]
-            if (
-                target.shape == chunk.sizes[depth:]
-                and target.flags.c_contiguous
-                and math.prod(chunk.sizes[:depth]) == 1
-            ):
-                read_into(array, target, key, self.manifest)  # straight into place
+            if target.shape == chunk.sizes[depth:] and math.prod(chunk.sizes[:depth]) == 1:
+                read_into(array, [target], key, self.manifest)  # straight into place
                 continue
             values = np.empty(chunk.sizes, whole.dtype)
-            read_into(array, values, key, self.manifest)
+            read_into(array, [values], key, self.manifest)
             inner = values[tuple(i - o for i, o in zip(indices, chunk.offsets[:depth], strict=True))]
             target[...] = inner[tuple(slice(0, size) for size in sizes)]
-        return whole
 
     def _array(self, chunk: Chunk, tensor: StoredTensor, key: str) -> StoredArray:
         archive = TorchArchive(self.folder / chunk.file, chunk.position, chunk.length)
