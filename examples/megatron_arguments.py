@@ -183,3 +183,4 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save", type=Path, help="folder of this run: checkpoints, log.jsonl and the final model")
     group.add_argument("--load", type=Path, help="a run's folder or one step; if it is --save it may be empty yet")
     group.add_argument("--save-interval", type=_positive, help="default: at the end only")
+    group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")

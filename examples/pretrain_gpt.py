@@ -114,6 +114,7 @@ def main() -> None:
     if checkpoint:
         run.load(checkpoint)
     train(run)
+    run.finish()
     if args.save:
         model.save_pretrained(args.save / "huggingface")
         if run.is_main:

@@ -30,6 +30,7 @@ class Run:
     valid: Samples | None
     iteration: int = 0
     consumed_samples: int = 0
+    saving: Any = None
     optimizer: torch.optim.Optimizer = field(init=False)
     scheduler: torch.optim.lr_scheduler.LambdaLR = field(init=False)
 
@@ -87,7 +88,20 @@ class Run:
             "data": self.data_facts(),
         }
         folder = self.args.save / f"step-{self.iteration:08d}"
-        save_training_state(folder, self.model, self.optimizer, specs=self.state.specs, mesh=self.mesh, extra=extra)
+        self.saving = save_training_state(
+            folder,
+            self.model,
+            self.optimizer,
+            specs=self.state.specs,
+            mesh=self.mesh,
+            extra=extra,
+            asynchronous=self.args.async_save,
+        )
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is still being written, and say if it could not be."""
+        if self.saving is not None:
+            self.saving.wait()
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint.

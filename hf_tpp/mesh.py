@@ -167,6 +167,7 @@ class ParallelMesh:
     replica_control: Group | None = None
     dp_control: Group | None = None
     replicas: DeviceMesh | None = None
+    _background: list[Group] = field(default_factory=list, repr=False)
     _neighbours: dict[int, Group] = field(default_factory=dict, repr=False)
     _stage_groups: dict[tuple[int, ...], Group | None] = field(default_factory=dict, repr=False)
 
@@ -234,6 +235,15 @@ class ParallelMesh:
         Collective: must be called by every process.
         """
         return _subgroup(torch.arange(self.world_size).reshape(-1, self.tp.size).tolist())
+
+    def background_group(self) -> Group | None:
+        """A gloo group of all ranks for host data of a thread beside training; None in a world of one.
+
+        Collective: the first call must be made by every process.
+        """
+        if self.control is not None and not self._background:
+            self._background.append(dist.new_group(backend="gloo"))
+        return self._background[0] if self._background else None
 
     def neighbours(self, num_copies: int) -> Group | None:
         """The `num_copies` neighbouring tp ranks that share a replicated unit, this rank's among them.

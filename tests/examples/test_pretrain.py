@@ -79,7 +79,7 @@ def finished(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six iterations at tp=2, pp=2, with a checkpoint after four."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     sizes = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"]
-    schedule = ["--train-iters", "6", "--save-interval", "4", "--lr-warmup-iters", "2"]
+    schedule = ["--train-iters", "6", "--save-interval", "4", "--async-save", "--lr-warmup-iters", "2"]
     torchrun(4, *COMMON, *LLAMA, *text, *sizes, *schedule, "--num-microbatches", "4", "--save", str(folder))
     return folder
 

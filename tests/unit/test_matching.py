@@ -33,10 +33,13 @@ def test_stacked_experts_in_modules_with_the_names_of_linears_stay_whole():
     assert find_rule("experts", experts, None, TP) is None
 
 
-@pytest.mark.parametrize(("num_experts", "is_cut"), [(4, True), (6, False)])
-def test_identity_experts_without_a_module_stay_whole(num_experts, is_cut):
+@pytest.mark.parametrize(
+    ("num_experts", "identity", "is_cut"), [(4, None, True), (6, None, False), (6, nn.Identity(), True)]
+)
+def test_identity_experts_without_a_module_stay_whole(num_experts, identity, is_cut):
     """Two experts without a second matrix hand on whole states, which must not be summed over the ranks."""
     experts = nn.Module()
+    experts.identity_expert = identity
     experts.is_concatenated = True
     experts.gate_up_proj = nn.Parameter(torch.ones(num_experts, 32, 8))
     experts.down_proj = nn.Parameter(torch.ones(4, 8, 16))

@@ -11,6 +11,7 @@ On disk is an ordinary torch.distributed.checkpoint of full tensors under the Hu
     random.<global rank>             random generators
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from hf_tpp.checkpoint.training.background import BackgroundSave, snapshot
 from hf_tpp.checkpoint.training.entries import collect_tensors, saved_keys
 from hf_tpp.checkpoint.training.folders import prepare, publish, temporary_folder
 from hf_tpp.checkpoint.training.parameter_groups import check_groups, merge_groups, optimized, read_groups, set_options
@@ -38,6 +41,9 @@ from hf_tpp.sharding import ShardSpec
 
 __all__ = ["load_training_state", "read_layout", "save_training_state"]
 
+_under_way: dict[dist.ProcessGroup | None, BackgroundSave] = {}
+"""Control group -> the asynchronous save of its ranks."""
+
 
 def save_training_state(
     directory: str | os.PathLike[str],
@@ -47,7 +53,8 @@ def save_training_state(
     specs: Mapping[str, ShardSpec],
     mesh: ParallelMesh,
     extra: Mapping[str, Any] | None = None,
-) -> None:
+    asynchronous: bool = False,
+) -> BackgroundSave | None:
     """Save everything that training needs to continue. Collective: every rank of the job.
 
     Written beside `directory`, flushed, and only then renamed, so that a crash never leaves half a checkpoint under
@@ -61,10 +68,16 @@ def save_training_state(
         mesh: The process groups.
         extra: What else to keep, the same on all ranks: scheduler.state_dict(), the step, the position in the data.
             Numbers, strings, tensors and containers of them.
+        asynchronous: Return once the state is copied to the host, and write it in a thread. Only one save is under way:
+            the next one waits for it, and so does the end of the program.
+
+    Returns:
+        The save under way, whose `wait()` raises what went wrong; None if there is none.
 
     Raises:
-        CheckpointError: Something cannot be saved; raised on all ranks.
+        CheckpointError: Something cannot be saved, or an asynchronous save before could not; raised on all ranks.
     """
+    _finish(mesh)
     directory = Path(directory).absolute()
     state: dict[str, Any] = {}
     groups: dict[str, Any] = {}
@@ -77,13 +90,40 @@ def save_training_state(
         state["layout"] = layout_of(mesh)
         state[f"random.{mesh.global_rank}"] = get_random_state(mesh)
     state["optimizer.groups"] = plain_object("optimizer.param_groups", merge_groups(groups, mesh))
-    with _on_all_ranks(mesh), _dcp_call():
-        writer = FileSystemWriter(temporary_folder(directory), sync_files=True)
-        planner, alone = ShardedSavePlanner(), mesh.control is None
-        save(state, storage_writer=writer, planner=planner, process_group=mesh.control, no_dist=alone)
+    if asynchronous:
+        copied, group = snapshot(state), mesh.background_group()
+        _ignore_lonely_warning()  # for good: filters are not the thread's own
+        write = functools.partial(_write, directory, copied, mesh, group, then_publish=True)
+        _under_way[mesh.control] = BackgroundSave(write, functools.partial(_on_all_ranks, mesh))
+        return _under_way[mesh.control]
+    with _on_all_ranks(mesh), _without_warning():
+        _write(directory, state, mesh, mesh.control)
     with _on_all_ranks(mesh):
         if mesh.global_rank == 0:
             publish(directory)
+    return None
+
+
+def _write(
+    directory: Path,
+    state: dict[str, Any],
+    mesh: ParallelMesh,
+    group: dist.ProcessGroup | None,
+    then_publish: bool = False,
+) -> None:
+    writer = FileSystemWriter(temporary_folder(directory), sync_files=True)
+    with _plain_cause():
+        save(state, storage_writer=writer, planner=ShardedSavePlanner(), process_group=group, no_dist=group is None)
+    # torch returns once the first rank has the word of all others, and has written what makes the checkpoint complete.
+    if then_publish and mesh.global_rank == 0:
+        publish(directory)
+
+
+def _finish(mesh: ParallelMesh) -> None:
+    """Wait for the asynchronous save that is under way."""
+    before = _under_way.pop(mesh.control, None)
+    if before is not None and not before.was_awaited:
+        before.wait()
 
 
 def load_training_state(
@@ -113,6 +153,7 @@ def load_training_state(
         CheckpointError: The checkpoint does not fit; raised on all ranks, before anything is changed (unless a
             file cannot be read).
     """
+    _finish(mesh)
     with _on_all_ranks(mesh):
         reader = _Reader(directory)
         saved = reader.read_metadata().state_dict_metadata
@@ -162,7 +203,7 @@ class _Reader(FileSystemReader):
 
 
 def _read(state: dict[str, Any], reader: _Reader, mesh: ParallelMesh) -> dict[str, Any]:
-    with _on_all_ranks(mesh), _dcp_call():
+    with _on_all_ranks(mesh), _without_warning(), _plain_cause():
         planner, alone = ShardedLoadPlanner(), mesh.control is None
         load(state, storage_reader=reader, planner=planner, process_group=mesh.control, no_dist=alone)
     return state
@@ -182,13 +223,23 @@ def _on_all_ranks(mesh: ParallelMesh) -> Iterator[None]:
     agree_on({}, problem, mesh.control)
 
 
+def _ignore_lonely_warning() -> None:
+    """Of DCP, in a process that is alone on purpose."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
 @contextmanager
-def _dcp_call() -> Iterator[None]:
-    """Give the cause instead of DCP's bundle of the ranks' tracebacks."""
+def _without_warning() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as error:
-            rank, (cause, _) = next(iter(error.failures.items()))
-            raise CheckpointError(f"rank {rank}: {cause}") from error
+        _ignore_lonely_warning()
+        yield
+
+
+@contextmanager
+def _plain_cause() -> Iterator[None]:
+    """Give the cause instead of DCP's bundle of the ranks' tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"rank {rank}: {cause}") from error
