@@ -3,6 +3,7 @@
 method                           stock                              here
 __init__, train                                                     refuse what cannot work
 get_total_train_batch_size       the batches of all processes       of all replicas
+create_model_card                counts processes                   replicas
 prediction_step                  loss of this process's rows        of all rows of the evaluation set that are new
 save_model                       the first process writes           all ranks give their shards
 _save_optimizer_and_scheduler    the first process's state          a training checkpoint of all ranks
@@ -12,6 +13,7 @@ Everything else is Trainer's own: it accumulates, clips, logs and schedules as f
 Accelerator, for which a replica is a process.
 """
 
+import copy
 import inspect
 from typing import Any
 
@@ -60,6 +62,20 @@ def get_total_train_batch_size(original: Any, trainer: Any, args: Any) -> int:
     return int(original(args)) // state_of(model).mesh.replica.size
 
 
+def create_model_card(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """Write the sizes that the card names as the log does, for replicas."""
+    model = find_parallel(trainer.model)
+    assert model is not None
+    num_replicas, stated = state_of(model).mesh.dp.size, trainer.args
+    kind = type(stated)
+    trainer.args = copy.copy(stated)
+    trainer.args.__class__ = type(kind.__name__, (kind,), {"world_size": property(lambda _: num_replicas)})
+    try:
+        original(*args, **kwargs)
+    finally:
+        trainer.args = stated
+
+
 def _initialize_patched(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
     serve_trl(trainer)
     initialize(original, trainer, *args, **kwargs)
@@ -71,6 +87,7 @@ TRAINER_CREATION: Changes = {"__init__": _initialize_patched}
 TRAINER_CHANGES: Changes = {
     "train": train,
     "get_total_train_batch_size": get_total_train_batch_size,
+    "create_model_card": create_model_card,
     "prediction_step": prediction_step,
     "save_model": save_model,
     "_save_optimizer_and_scheduler": save_optimizer_and_scheduler,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ def evaluations(name: str, layout: Layout, folder: str) -> Record:
         "rows": trainer.get_total_train_batch_size(trainer.args),
         "checkpoints": sorted(path.name for path in Path(folder).glob("checkpoint-*")),
     }
+    trainer.create_model_card()
+    trainer.accelerator.wait_for_everyone()
+    record.notes["card"] = re.findall(r"total_train_batch_size: \d+", (Path(folder) / "README.md").read_text())
     trainer.save_model(f"{folder}/final")
     config = json.loads((Path(folder) / "final" / "config.json").read_text())
     record.notes["config"] = {key: value for key, value in config.items() if key != "transformers_version"}

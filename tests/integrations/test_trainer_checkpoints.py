@@ -35,7 +35,7 @@ def test_evaluation_and_best_model(layout, single, tmp_path):
         )
         np.testing.assert_array_equal(record.evaluation["labels"], single.evaluation["labels"])
         assert record.notes["loss"] == pytest.approx(record.notes["best_loss"], rel=1e-6)
-        for name in ("best", "tokens", "rows", "checkpoints", "config"):
+        for name in ("best", "tokens", "rows", "checkpoints", "card", "config"):
             assert record.notes[name] == single.notes[name]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     with torch.no_grad():
