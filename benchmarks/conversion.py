@@ -137,6 +137,7 @@ def main() -> None:
     inspected = llama(options.inspect_layers, options.hidden, options.neurons, options.vocab)
     found = measure(options.folder, model, inspected, options.repeats)
     found |= {"machine": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"conversion-{datetime.now(UTC):%Y-%m-%d}.json"
     path.write_text(json.dumps(found, indent=2) + "\n")
     for row in found["results"]:
