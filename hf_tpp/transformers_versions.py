@@ -66,8 +66,9 @@ class PackedSequences:
     """Remembers that rows whose positions the model counts itself hold one sequence each.
 
     transformers looks at the positions in every forward without a mask, and the host stands still until the device has
-    answered, all that was issued before included. Positions that the model counts depend on shapes alone: it is asked
-    once for each. Of one model.
+    answered, all that was issued before included. Positions that all rows share were counted without a look at the
+    tokens: it is asked once for each shape. Others, and those of a single row, may depend on the tokens (a model may
+    skip padding), and it is asked every time. Of one model.
     """
 
     _single: set[tuple[int, ...]] = field(default_factory=set)
@@ -82,8 +83,9 @@ class PackedSequences:
 
         def search_once(position_ids: torch.Tensor) -> torch.Tensor | None:
             shape = tuple(position_ids.shape)
-            found = None if shape in self._single else search(position_ids)
-            if found is None:
+            is_shared = shape[0] > 1 and position_ids.stride(0) == 0
+            found = None if is_shared and shape in self._single else search(position_ids)
+            if is_shared and found is None:
                 self._single.add(shape)
             return found
 

@@ -1,5 +1,6 @@
 """Training state that is written in a thread while training goes on."""
 
+import copy
 import subprocess
 import sys
 import threading
@@ -20,9 +21,12 @@ EXTRA = {"step": 2, "nested": {"betas": (0.9, 0.95)}}
 
 
 def save(job, directory):
-    return save_training_state(
-        directory, job.model, job.optimizer, specs=job.specs, mesh=job.mesh, extra=EXTRA, asynchronous=True
+    extra = copy.deepcopy(EXTRA)
+    pending = save_training_state(
+        directory, job.model, job.optimizer, specs=job.specs, mesh=job.mesh, extra=extra, asynchronous=True
     )
+    extra["nested"]["betas"] = "what training makes of it later"
+    return pending
 
 
 def held_back():

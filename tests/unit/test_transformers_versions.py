@@ -194,6 +194,16 @@ def test_rows_with_positions_are_searched_every_time(searches):
     assert not torch.equal(whole[:, 4:], cut[:, 4:])
 
 
+def test_positions_that_may_depend_on_tokens_are_searched_every_time(searches):
+    packed, positions = PackedSequences(), torch.arange(8)[None]
+    with packed.remembered([{"input_ids": positions}]):
+        for given, count in ((positions.repeat(2, 1), 1), (positions.repeat(2, 1), 2), (positions, 3), (positions, 4)):
+            assert masking_utils.find_packed_sequence_indices(given) is None
+            assert len(searches) == count
+        restarted = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]).repeat(2, 1)
+        assert masking_utils.find_packed_sequence_indices(restarted) is not None
+
+
 def test_masks_are_made_as_ever_while_recording(monkeypatch):
     monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
     ids = torch.arange(8)[None]

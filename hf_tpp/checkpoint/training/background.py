@@ -5,6 +5,7 @@
 The threads of the ranks talk to each other through a group of their own: collectives of training may run meanwhile.
 """
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -62,4 +63,4 @@ def _copied(value: Any) -> Any:
         return Sharded(_copied(value.tensor), value.spec)
     if isinstance(value, DTensor):
         return value.clone()
-    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
