@@ -143,7 +143,8 @@ def test_unknown_globals_become_inert(legacy, tmp_path):
         (b"\x80\x02ios\nsystem\n.", "INST"),
         (b"\x80\x02}((NNtNu.", "as a key"),
         (b"\x80\x02}(X\x01\x00\x00\x00aNX\x01\x00\x00\x00aNu.", "twice"),
-        (b"\x80\x02" + b"]" * 2_000_000 + b".", "pickle instructions"),
+        (b"\x80\x02" + b"]" * 2_000_000 + b".", "piles up"),
+        (b"\x80\x02" + b"]0" * 1_000_000 + b"].", "pickle instructions"),
         (b"garbage", "no valid pickle"),
     ],
 )

@@ -122,7 +122,7 @@ def test_error_of_every_rank_is_collected():
     with pytest.raises(RankError) as caught:
         run_ranks(fail_everywhere, 3)
     assert caught.value.messages == {0: "0", 1: "1", 2: "2"}
-    assert list(caught.value.errors) == [0, 1, 2]
+    assert sorted(caught.value.errors) == [0, 1, 2]
 
 
 def test_hang_becomes_a_failure_with_the_stack():

@@ -10,7 +10,8 @@ from hf_tpp_conversion.files.pickle_values import Call, Global, PersistentId
 
 __all__ = ["run"]
 
-_MAX_OPERATIONS = 1_500_000  # a 405B model with its optimizer state, cut over 8 x 16 ranks, has about 900,000
+_MAX_OPERATIONS = 1_000_000  # a 405B model with its optimizer state, cut over 8 x 16 ranks, has about 900,000
+_MAX_STACK = 100_000  # writers add to a list or dict every 1,000 items; only the items of a long tuple pile up
 _MAX_SETS = 10_000
 
 
@@ -43,20 +44,23 @@ class _Machine:
         self.num_sets = 0
 
     def run(self, content: bytes) -> Any:
+        stack = self.stack
         for count, (opcode, argument, _) in enumerate(pickletools.genops(content), 1):
             if count > _MAX_OPERATIONS:
                 raise CheckpointError(f"{self.where} has more than {_MAX_OPERATIONS} pickle instructions: refused")
+            if len(stack) > _MAX_STACK:
+                raise CheckpointError(f"{self.where} piles up more than {_MAX_STACK} values in its pickle: refused")
             name = opcode.name
             if name in _PUSHES:
-                self.stack.append(argument)
+                stack.append(argument)
             elif name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name]())
-            elif name == "STOP":
-                return self.stack.pop()
-            elif name not in _OPERATIONS:
-                raise CheckpointError(f"{self.where} has the pickle instruction {name}, which no checkpoint needs")
-            else:
+                stack.append(_CONSTANTS[name]())
+            elif name in _OPERATIONS:
                 _OPERATIONS[name](self, argument)
+            elif name == "STOP":
+                return stack.pop()
+            else:
+                raise CheckpointError(f"{self.where} has the pickle instruction {name}, which no checkpoint needs")
         raise CheckpointError(f"{self.where} ends in the middle of a pickle: copy it again")
 
     def pop_to_mark(self) -> list[Any]:
