@@ -8,10 +8,12 @@ to overlap therefore use the group itself and its twin, a second group of the sa
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["of_lane", "on_twin"]
+__all__ = ["all_reduce_in_place", "of_lane", "on_twin"]
 
 Group = dist.ProcessGroup
 
@@ -42,3 +44,9 @@ def on_twin(group: Group, twin: Group) -> Iterator[None]:
         yield
     finally:
         _redirection.group, _redirection.twin = before
+
+
+def all_reduce_in_place(x: torch.Tensor, op: Any, group: Group | None) -> None:
+    """All-reduce outside autograd, on the communicator of the moment. Without a group nothing happens."""
+    if group is not None:
+        dist.all_reduce(x, op=op, group=of_lane(group))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from hf_tpp.collectives.lanes import of_lane
+from hf_tpp.collectives.lanes import all_reduce_in_place
 from hf_tpp.plan.layout import Layout
 
 __all__ = ["VocabParallelCausalLMLoss", "vocab_parallel_cross_entropy"]
@@ -68,12 +68,12 @@ class _CrossEntropy(torch.autograd.Function):
         valid = logits[:, :num_valid]
         maximum = valid.amax(dim=1) if num_valid else valid.new_full(targets.shape, -torch.inf)
         maximum = maximum.to(torch.promote_types(logits.dtype, torch.float32))
-        _all_reduce(maximum, dist.ReduceOp.MAX, group)
+        all_reduce_in_place(maximum, dist.ReduceOp.MAX, group)
         target_logits = logits.gather(1, index).squeeze(1) - maximum
         sums = torch.stack([torch.zeros_like(maximum), target_logits.where(is_here, 0.0)])
         for rows in _chunks(logits):
             sums[0, rows] = (valid[rows] - maximum[rows].unsqueeze(1)).exp_().sum(dim=1)
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
+        all_reduce_in_place(sums, dist.ReduceOp.SUM, group)
         log_normalizer, target_logits = sums[0].log(), sums[1]
         ctx.save_for_backward(logits, maximum, log_normalizer, index, is_here, is_kept)
         ctx.num_valid = num_valid
@@ -100,11 +100,6 @@ def _chunks(logits: torch.Tensor) -> Iterator[slice]:
     """Runs of rows of [tokens, V/t] that have at most `_CHUNK_SIZE` logits, or are one row."""
     step = max(1, _CHUNK_SIZE // logits.shape[1])
     return (slice(start, start + step) for start in range(0, logits.shape[0], step))
-
-
-def _all_reduce(x: torch.Tensor, op: Any, group: Group) -> None:
-    if group is not None:
-        dist.all_reduce(x, op=op, group=of_lane(group))
 
 
 class VocabParallelCausalLMLoss:

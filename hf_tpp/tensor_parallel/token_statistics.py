@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_tpp.collectives.lanes import of_lane
+from hf_tpp.collectives.lanes import all_reduce_in_place
 from hf_tpp.plan.layout import Layout
 
 __all__ = ["STATISTICS", "token_statistics"]
@@ -65,9 +65,9 @@ class _TokenStatistics(torch.autograd.Function):
         position = x.argmax(dim=1)  # the first one, which max() does not promise
         maximum = x.gather(1, position.unsqueeze(1)).squeeze(1)
         top = maximum.clone()
-        _all_reduce(top, dist.ReduceOp.MAX, group)
+        all_reduce_in_place(top, dist.ReduceOp.MAX, group)
         first_top = torch.where(maximum == top, position + first, layout.size)
-        _all_reduce(first_top, dist.ReduceOp.MIN, group)
+        all_reduce_in_place(first_top, dist.ReduceOp.MIN, group)
 
         shifted = x.sub_(top.unsqueeze(1))
         target_logits = shifted.gather(1, index).squeeze(1).where(is_here, 0.0)
@@ -75,7 +75,7 @@ class _TokenStatistics(torch.autograd.Function):
         weighted = (exponentials * shifted.clamp(min=_LOWEST)).sum(dim=1)
         squares = exponentials.square().sum(dim=1)
         sums = torch.stack([exponentials.sum(dim=1), target_logits, weighted, squares, sum_of_logits])
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
+        all_reduce_in_place(sums, dist.ReduceOp.SUM, group)
         normalizer, target_logits, weighted, squares, sum_of_logits = sums
         log_normalizer = normalizer.log()
         entropy = log_normalizer - weighted / normalizer
@@ -108,8 +108,3 @@ class _TokenStatistics(torch.autograd.Function):
             log_probabilities = probabilities.log().clamp(min=_LOWEST)
             gradient -= probabilities * (log_probabilities + entropy.unsqueeze(1)) * of_entropy.unsqueeze(1)
         return gradient.div_(ctx.temperature).to(logits.dtype), None, None, None, None
-
-
-def _all_reduce(x: torch.Tensor, op: Any, group: Group) -> None:
-    if group is not None:
-        dist.all_reduce(x, op=op, group=of_lane(group))
