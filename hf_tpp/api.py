@@ -217,7 +217,7 @@ def _build(
 ) -> tuple[CallContext, dict[str, ShardSpec]]:
     """Change the model: swap, hollow, fill, share out. Nothing here fails that could have been foreseen."""
     model = assembly.model
-    streams = DropoutStreams.of_model(model, mesh.device, mesh.tp.rank)
+    streams = DropoutStreams.of_model(model, mesh.device, mesh.tp.rank, mesh.tp.size)
     regions = RegionState(mesh.tp.group, streams)
     flow = StageFlow()
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}

@@ -9,8 +9,12 @@ must drop independently. The stream inside a region is *derived* from the genera
 
 so whatever restores the generator (activation checkpointing does, before it recomputes) restores both streams. What
 is replicated inside a region, too (the input of an addition of low rank), drops from the shared stream.
+
+A model without dropout may still draw (noise of its own, blocks skipped at random). Its passes start from one seed on
+all tp ranks, which costs nothing inside them, so that they draw alike even if their generators had parted.
 """
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,21 +37,24 @@ class DropoutStreams:
     Attributes:
         device: Whose default generator the model's dropout draws from.
         tp_rank: Position on the tp axis.
+        tp_size: Its length.
         sources: Modules and configurations whose numbers say how much is dropped.
-        active: Some dropout is on in this step; if not, no generator is ever touched.
+        active: Some dropout is on in this step; if not, the caller's generators are left alone.
     """
 
     device: torch.device
     tp_rank: int
+    tp_size: int = 1
     sources: list[tuple[object, str]] = field(default_factory=list, repr=False)
     active: bool = False
     _shared_state: torch.Tensor | None = field(default=None, repr=False)
     _own_state: torch.Tensor | None = field(default=None, repr=False)
+    _num_seeds: int = field(default=0, repr=False)
 
     @classmethod
-    def of_model(cls, model: nn.Module, device: torch.device, tp_rank: int) -> "DropoutStreams":
+    def of_model(cls, model: nn.Module, device: torch.device, tp_rank: int, tp_size: int) -> "DropoutStreams":
         """The streams of `model`, with everything in it that is called a rate of dropout or a router's jitter."""
-        streams = cls(device, tp_rank)
+        streams = cls(device, tp_rank, tp_size)
         streams.find_sources(model)
         return streams
 
@@ -67,16 +74,32 @@ class DropoutStreams:
         """True if any dropout rate is above zero now."""
         return any(getattr(owner, name) > 0.0 for owner, name in self.sources)
 
+    def next_seed(self, active: bool) -> int:
+        """For the next pass, of which the first rank's counts. Without dropout the caller's generator does not move."""
+        if active:
+            return int(torch.randint(0, 2**62, ()).item())
+        self._num_seeds += 1
+        return (
+            derive_seed(zlib.crc32(torch.get_rng_state().numpy().tobytes()), self._num_seeds) if self.tp_size > 1 else 0
+        )
+
     @contextmanager
-    def running(self, active: bool) -> Iterator[None]:
-        """Use the streams within this context, and leave the caller's generators as they were."""
-        if not active:
+    def running(self, active: bool, *seed: int) -> Iterator[None]:
+        """Use the streams within this context, and leave the caller's generators as they were.
+
+        Args:
+            active: Some dropout is on.
+            *seed: Where it is not, what tp ranks draw from nevertheless; the same on them.
+        """
+        if not active and self.tp_size == 1:
             yield
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            self.active = True
+            self.active = active
             try:
+                if not active:
+                    self._seed_everything(derive_seed(*seed))
                 yield
             finally:
                 self.active = False
@@ -85,7 +108,7 @@ class DropoutStreams:
     def start_microbatch(self, *seed: int) -> None:
         """Begin a microbatch: `seed` must be the same on the tp ranks, and different for everything else."""
         if self.active:
-            self._seed(derive_seed(*seed))
+            self._seed_everything(derive_seed(*seed))
 
     def enter_region(self) -> None:
         """From replicated activations into this rank's heads or neurons."""
@@ -136,6 +159,12 @@ class DropoutStreams:
             torch.cuda.set_rng_state(state, self.device)
         else:
             torch.set_rng_state(state)
+
+    def _seed_everything(self, seed: int) -> None:
+        """The CPU's generator too: models decide with it which blocks to skip."""
+        self._seed(seed)
+        if self.device.type != "cpu":
+            torch.default_generator.manual_seed(seed)
 
     def _seed(self, seed: int) -> None:
         if self.device.type == "cuda":

@@ -16,6 +16,7 @@ def check_training(context: CallContext, batch: Batch) -> None:
     """Raise BatchError unless `batch` can be trained on."""
     check_outputs(context, batch)
     check_parameters(context)
+    check_skipped_blocks(context)
     if find_cache(batch.values()) is not None:
         raise BatchError(
             "past_key_values cannot be given in training: a cache belongs to the whole batch, which is cut into "
@@ -55,6 +56,19 @@ def check_parameters(context: CallContext) -> None:
                 f"{context.specs[parameter].name} was {dtype} when the model was made parallel and is "
                 f"{parameter.dtype} now, which the other stages do not know: load the model with "
                 f"dtype={parameter.dtype}, or convert it before parallelize()"
+            )
+
+
+def check_skipped_blocks(context: CallContext) -> None:
+    """Raise ConfigurationError if blocks are skipped at random where the ranks do not draw alike."""
+    if context.mesh.pp.size == 1 and not context.sequence_parallel:
+        return
+    for owner, name in context.streams.sources:
+        rate = getattr(owner, name)
+        if "layerdrop" in name and rate > 0.0:
+            raise ConfigurationError(
+                f"{name}={rate} skips blocks at random in training, of which pipeline stages and sequence shards would "
+                f"each skip others: set it to 0.0, or use pp=1 without sequence_parallel"
             )
 
 

@@ -23,8 +23,8 @@ class TrainingBatch:
 
     Attributes:
         microbatches: Keyword arguments of the model.
-        seed: Of their dropout.
-        draws: There is some.
+        seed: Of what they draw.
+        draws: There is dropout.
         counts_itself: The label tokens of all replicas were counted here.
         is_list: The caller gave lists of microbatches.
     """
@@ -72,7 +72,7 @@ def prepare_training(context: CallContext, batch: Batch, has_loss: bool) -> Trai
     except HfTppError as error:
         problem = error
     draws = context.streams.draws()
-    seed = int(torch.randint(0, 2**62, ()).item()) if draws else 0
+    seed = context.streams.next_seed(draws)
     replicas = agree_on_call(context, batch, problem, [int(has_loss), tokens, seed], trains=True)
     if any(row[0] != has_loss for row in replicas):
         raise RankMismatchError(
@@ -94,7 +94,8 @@ def training_mode(context: CallContext, training: TrainingBatch) -> Iterator[Non
     context.regions.sequence_parallel = context.sequence_parallel
     packing = context.packed_sequences.remembered(training.microbatches)
     try:
-        with context.replicas.gathered(), context.streams.running(training.draws), packing:
+        place = training.seed, context.mesh.dp.rank, context.mesh.pp.rank
+        with context.replicas.gathered(), context.streams.running(training.draws, *place), packing:
             yield
     finally:
         context.regions.sequence_parallel = False

@@ -72,6 +72,7 @@ class StageFlow:
     _last_output: Any = field(default=None, repr=False)
     _known: set[int] = field(default_factory=set, repr=False)
     _shared: bool = False
+    _handed_on: bool = False
 
     def token(self) -> torch.Tensor:
         """Zeros [rows, 1, tokens, 1] with the type and device of what flows, one for each token that passes."""
@@ -95,12 +96,29 @@ class StageFlow:
     def start(self) -> None:
         """Before a forward."""
         self.is_running = True
-        self._known, self._shared = set(), False
+        self._known, self._shared, self._handed_on = set(), False, False
         self.routers.logits, self._outputs = {}, {}
         if self.receives is not None and self.received is not None:
             self._outputs = self.receives.earlier_outputs(self.received) | {self.block_before: self.received[0]}
         if self.routers.active and self.receives is not None and self.received is not None:
             self.routers.logits = self.receives.router_logits(self.received)
+
+    def check_complete(self, has_ended: bool) -> None:
+        """After a forward.
+
+        Args:
+            has_ended: It was ended by a block behind this stage.
+
+        Raises:
+            UnsupportedModelError: The model did not call the blocks where messages come in and go out.
+        """
+        misses_input = self.receives is not None and not self._handed_on
+        misses_output = self.sends is not None and (not has_ended or (self.output or (None,))[0] is None)
+        if misses_input or misses_output:
+            raise UnsupportedModelError(
+                "the model skipped blocks at the edge of a pipeline stage, where messages come in and go out: use "
+                "pp=1, or have every block called in every pass"
+            )
 
     def see_arguments(self, arguments: Mapping[str, Any]) -> None:
         """At the first block of the model: what is in the arguments before any block has run."""
@@ -111,6 +129,7 @@ class StageFlow:
         """What the hollow `block` ahead of this stage's blocks returns."""
         assert self.received is not None
         assert self.receives is not None
+        self._handed_on = True
         self.routers.hand_out(block)
         if self.receives.shared and not self._shared:
             self._shared = True

@@ -114,8 +114,11 @@ class Stage:
         flow.start()
         self.loss_note.forget()
         try:
-            return self._whole_loss(self.forward_model(**microbatch))
+            result = self._whole_loss(self.forward_model(**microbatch))
+            flow.check_complete(has_ended=False)
+            return result
         except StageComplete:
+            flow.check_complete(has_ended=True)
             output, flow.output = flow.output, None
             return output
         finally:

@@ -130,5 +130,74 @@ def jittered_pass(family: str) -> tuple[float, dict[str, torch.Tensor]]:
     input_ids = torch.arange(64).view(4, 16)
     loss = model(input_ids=input_ids, labels=input_ids).loss
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if "layernorm" in name}
-    return float(loss.detach()), gradients
+    return float(loss.detach()), norm_gradients(model)
+
+
+def norm_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if "norm" in name and p.grad is not None}
+
+
+def passes_with_noise(checkpointing: bool) -> tuple[list[float], dict[str, torch.Tensor], bool]:
+    """Losses and gradients of whole parameters with noise that no name announces, at tp=2; is the generator left?"""
+    model = tiny_model("llama_gqa", LAYERS, "eager").train()
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda _, __, output: output + torch.rand_like(output))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    hf_tpp.parallelize(model, tp=2, verbose=False)
+    torch.manual_seed(dist.get_rank())
+    before = torch.get_rng_state()
+    losses = []
+    for _ in range(3):
+        loss = model(**make_batch(4, SEQ, seed=0)).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+    return losses, norm_gradients(model), torch.equal(torch.get_rng_state(), before)
+
+
+def passes_with_layerdrop(family: str, layerdrop: float, sizes: dict[str, Any]) -> tuple[list[float], Any]:
+    """Losses and gradients of whole parameters of a model that skips blocks at random."""
+    model = hf_tpp.parallelize(skipping_model(family, layerdrop), **sizes, verbose=False).train()
+    torch.manual_seed(dist.get_rank())
+    input_ids = torch.arange(64).view(4, 16)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+    return losses, norm_gradients(model)
+
+
+class Unannounced(float):
+    """A rate that is not seen as one."""
+
+
+def pass_with_skipped_blocks() -> None:
+    """All blocks are called in the first pass, and none in the second."""
+    model = skipping_model("opt", 0.0).train()
+    model.model.decoder.layerdrop = Unannounced(0.0)
+    hf_tpp.parallelize(model, pp=2, verbose=False)
+    input_ids = torch.arange(64).view(4, 16)
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    model.model.decoder.layerdrop = Unannounced(1.0)
+    model(input_ids=input_ids, labels=input_ids)
+
+
+def skipping_model(family: str, layerdrop: float) -> nn.Module:
+    names = (
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+    )
+    shape = {"hidden_size": 32, "d_model": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "attention_heads": 4, "num_hidden_layers": 4, "num_layers": 4}
+    kind = AutoConfig.for_model(
+        family, vocab_size=64, layerdrop=layerdrop, **shape, **heads, **dict.fromkeys(names, 0.0)
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind)
+    if family == "llama":  # stands for a model that skips blocks and may be cut along the sequence
+        model.model.layerdrop = layerdrop
+    return model

@@ -8,10 +8,23 @@ import pytest
 import torch
 
 from hf_tpp.sharding import ShardSpec
-from tests.parity.dropout import HIDDEN, LAYERS, SEQ, Job, Mask, Pass, jittered_pass, one_pass, train
+from tests.parity.dropout import (
+    HIDDEN,
+    LAYERS,
+    SEQ,
+    Job,
+    Mask,
+    Pass,
+    jittered_pass,
+    one_pass,
+    pass_with_skipped_blocks,
+    passes_with_layerdrop,
+    passes_with_noise,
+    train,
+)
 from tests.parity.models import make_batch, tiny_model
 from tests.parity.training import join
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 # --- ten steps --------------------------------------------------------------------------------------------------------
 
@@ -177,3 +190,38 @@ def test_routers_of_all_ranks_see_the_same_jitter(family):
     assert len(gradients) >= 4
     for name, gradient in gradients.items():
         assert torch.equal(gradient, others[name]), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_noise_that_no_name_announces_is_the_same_on_all_ranks(checkpointing):
+    (losses, gradients, is_left), (other_losses, others, _) = run_ranks(passes_with_noise, 2, checkpointing)
+    assert is_left
+    assert losses == other_losses
+    assert len(set(losses)) == 3
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name
+
+
+@pytest.mark.parametrize("family", ["opt", "xglm", "biogpt"])
+def test_all_ranks_skip_the_same_blocks(family):
+    (losses, gradients), (other_losses, others) = run_ranks(passes_with_layerdrop, 2, family, 0.5, {"tp": 2})
+    assert losses == other_losses
+    assert len(set(losses)) > 1
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("opt", {"pp": 2}), ("llama", {"tp": 2, "sequence_parallel": True})], ids=str
+)
+def test_skipped_blocks_are_refused_where_ranks_would_skip_others(family, sizes):
+    with pytest.raises(RankError) as caught:
+        run_ranks(passes_with_layerdrop, 2, family, 0.1, sizes)
+    assert "layerdrop=0.1 skips blocks at random" in caught.value.messages[0]
+    run_ranks(passes_with_layerdrop, 2, family, 0.0, sizes)
+
+
+def test_skipped_blocks_are_refused_where_no_name_announces_them():
+    with pytest.raises(RankError) as caught:
+        run_ranks(pass_with_skipped_blocks, 2)
+    assert any("skipped blocks at the edge of a pipeline stage" in text for text in caught.value.messages.values())
