@@ -31,12 +31,14 @@ def assert_equal(name, found, expected):
 @pytest.mark.parametrize(
     ("layout", "names", "options"),
     [
-        (Layout(tp=2, pp=2), list(OPTIONS), {}),
+        (Layout(tp=2), list(OPTIONS)[::2], {}),
+        (Layout(pp=2), list(OPTIONS)[1::2], {}),
+        pytest.param(Layout(tp=2, pp=2), list(OPTIONS), {}, marks=pytest.mark.slow),
         (Layout(pp=2, dp=2), WITH_REPLICAS, {}),
         (Layout(pp=2, dp=2), ["no clipping", "checkpointing"], {"data_parallel": "fully_shard"}),
         (Layout(tp=2, dp=2), ["label smoothing", "no clipping"], {"patch": False, "trainer_class": TPPTrainer}),
     ],
-    ids=["tp2-pp2", "pp2-dp2", "pp2-dp2 sharded", "tp2-dp2 unpatched"],
+    ids=["tp2", "pp2", "tp2-pp2", "pp2-dp2", "pp2-dp2 sharded", "tp2-dp2 unpatched"],
 )
 def test_options(layout, names, options, single):
     for records in run_ranks(option_runs, layout.world_size, layout, names, timeout=600, **options):
