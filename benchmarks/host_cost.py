@@ -67,7 +67,7 @@ def parallel_block() -> nn.Module:
     parts = ModelParts.find(model)
     plan = plan_rewrite(model, parts, TP_SIZE)
     group: dist.ProcessGroup = SilentGroup()  # type: ignore[assignment]
-    state = RegionState(group, DropoutStreams.of_model(model, torch.device("cpu"), 0))
+    state = RegionState(group, DropoutStreams.of_model(model, torch.device("cpu"), 0, 2))
     apply_rewrite(model, parts, plan, Axis(0, TP_SIZE, group, (0, 1)), range(1), state)
     block = model.get_submodule(parts.block_name(0))
     with torch.no_grad():

@@ -134,8 +134,7 @@ def execute(job: Conversion, source: Checkpoint, plan: Plan, progress: Progress 
         for name, tensor, whole in _read_ahead(source):
             for piece in plan.pieces[name]:
                 arrays = _typed(piece.cut, whole, tensor.dtype, plan.dtypes[name], name)
-                in_archive = piece.archive is not None
-                checksum = destination.write_arrays(piece.file, piece.position, arrays, piece.num_bytes, in_archive)
+                checksum = destination.write_arrays(piece.file, piece.position, arrays, piece.num_bytes)
                 if piece.archive is not None:
                     checksums[piece.archive][piece.storage] = checksum
         for (file, archive), sums in zip(plan.archives, checksums, strict=True):

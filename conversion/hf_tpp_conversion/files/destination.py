@@ -8,10 +8,10 @@ The folder is locked while it is written; an unlocked one was left by a process 
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 from hf_tpp.errors import CheckpointError, ConfigurationError
 from hf_tpp_conversion.files.bands import bands
 from hf_tpp_conversion.files.dtypes import Array
-from hf_tpp_conversion.files.manifest import MANIFEST_NAME
+from hf_tpp_conversion.files.manifest import MANIFEST_NAME, written_sum
 from hf_tpp_conversion.files.sums import Summer
 from hf_tpp_conversion.files.syncing import Syncer
 from hf_tpp_conversion.files.writing import sync, write_all, write_at
@@ -96,7 +96,7 @@ class Destination:
         """Write a whole small file."""
         path = self._path(name)
         path.write_bytes(content)
-        self._sums.setdefault(name, {})[f"0:{len(content)}"] = hashlib.sha256(content).hexdigest()
+        self._sums.setdefault(name, {})[f"0:{len(content)}"] = written_sum(zlib.crc32(content))
         self._progress(len(content))
 
     def copy(self, name: str, source: Path) -> None:
@@ -106,13 +106,11 @@ class Destination:
     def write_part(self, name: str, position: int, content: bytes, with_sum: bool = False) -> None:
         """Write bytes of a file that are no tensor."""
         if with_sum:
-            self._sums.setdefault(name, {})[f"{position}:{len(content)}"] = hashlib.sha256(content).hexdigest()
+            self._sums.setdefault(name, {})[f"{position}:{len(content)}"] = written_sum(zlib.crc32(content))
         write_at(self._path(name), position, [memoryview(content)])
         self._progress(len(content))
 
-    def write_arrays(
-        self, name: str, position: int, arrays: Iterable[Array], num_bytes: int, with_crc: bool = False
-    ) -> int:
+    def write_arrays(self, name: str, position: int, arrays: Iterable[Array], num_bytes: int) -> int:
         """Write arrays one behind the other, in bands.
 
         Args:
@@ -120,12 +118,11 @@ class Destination:
             position: Where in the file.
             arrays: Any views; each band is made contiguous by itself.
             num_bytes: What they must add up to.
-            with_crc: Compute their CRC-32, which archives need.
 
         Returns:
-            The CRC-32, or 0.
+            Their CRC-32.
         """
-        sums, written = self._summer.begin(with_crc), 0
+        sums, written = self._summer.begin(), 0
         path = self._path(name)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
@@ -137,9 +134,9 @@ class Destination:
                 self._progress(len(view))
         finally:
             os.close(descriptor)
-            digest, checksum = sums.finish()
+            checksum = sums.finish()
         assert written == num_bytes, f"{name} at {position}: {written} bytes were written, {num_bytes} planned"
-        self._sums.setdefault(name, {})[f"{position}:{num_bytes}"] = digest
+        self._sums.setdefault(name, {})[f"{position}:{num_bytes}"] = written_sum(checksum)
         self._syncer.wrote(path, num_bytes)
         return checksum
 

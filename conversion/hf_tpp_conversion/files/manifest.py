@@ -1,25 +1,30 @@
-"""sha256 sums of what was written, so that a flipped bit is found and named when it is read again.
+"""CRC-32 sums of what was written, so that a flipped bit is found and named when it is read again.
 
-hf_tpp_manifest.json     {"format": 1, "files": {"model.safetensors": {"<position>:<bytes>": "<sha256>", ...}, ...}}
+hf_tpp_manifest.json     {"format": 1, "files": {"model.safetensors": {"<position>:<bytes>": "<crc32>", ...}, ...}}
 
 Sums are kept per run of bytes, one run per stored tensor, because a reader reads tensors one at a time; small files
 have one run. A checkpoint without a manifest (every one that others wrote) is read without this check.
 """
 
-import hashlib
 import re
+import zlib
 from pathlib import Path
 
 from hf_tpp.errors import CheckpointError
 from hf_tpp_conversion.files.byte_ranges import read_range
 from hf_tpp_conversion.files.json_reading import read_json
 
-__all__ = ["MANIFEST_NAME", "Manifest"]
+__all__ = ["MANIFEST_NAME", "Manifest", "written_sum"]
 
 MANIFEST_NAME = "hf_tpp_manifest.json"
 _LIMIT = 64 * 2**20
 _MAX_HEAD = 64 * 2**20
 _FIX = f"the file was damaged, get it again; if you changed it yourself, delete {MANIFEST_NAME}"
+
+
+def written_sum(crc: int) -> str:
+    """A sum as the manifest has it."""
+    return f"{crc:08x}"
 
 
 class Manifest:
@@ -45,7 +50,7 @@ class Manifest:
 
     @property
     def files(self) -> dict[str, dict[str, str]]:
-        """Relative path -> run of bytes -> sha256."""
+        """Relative path -> run of bytes -> CRC-32, eight digits."""
         return self._sums
 
     def expected(self, path: Path, position: int, size: int) -> str | None:
@@ -75,19 +80,19 @@ class Manifest:
             if Path(name).is_absolute() or ".." in Path(name).parts or not sizes or not path.is_file():
                 continue
             content = read_range(path, 0, min(sizes[0], _MAX_HEAD))
-            self.check(path, 0, sizes[0], hashlib.sha256(content).hexdigest(), path.name)
+            self.check(path, 0, sizes[0], zlib.crc32(content), path.name)
             if len(runs) == 1 and path.stat().st_size != sizes[0]:
                 raise CheckpointError(f"{path} does not have the {sizes[0]} bytes that were written: {_FIX}")
 
-    def check(self, path: Path, position: int, size: int, found: str, what: str) -> None:
+    def check(self, path: Path, position: int, size: int, found: int, what: str) -> None:
         """Compare the sum of bytes that were just read.
 
         Raises:
             CheckpointError: They are not the bytes that were written.
         """
         expected = self.expected(path, position, size)
-        if expected is not None and expected != found:
+        if expected is not None and expected != written_sum(found):
             raise CheckpointError(
-                f"{path}: the bytes of {what!r} are not those that were written ({MANIFEST_NAME} has another sha256): "
+                f"{path}: the bytes of {what!r} are not those that were written ({MANIFEST_NAME} has another crc32): "
                 f"{_FIX}"
             )
