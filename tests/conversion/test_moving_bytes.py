@@ -59,7 +59,7 @@ def test_a_sync_that_fails_while_files_are_written_leaves_nothing(tmp_path, monk
         if len(calls) > succeed:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(syncing, "sync", sync)
+    monkeypatch.setattr(syncing, "sync_and_forget", sync)
     monkeypatch.setattr(syncing, "_AFTER", 1)
     with pytest.raises(CheckpointError, match="could not be written"):
         convert(Conversion(source, tmp_path / "out", "megatron"))

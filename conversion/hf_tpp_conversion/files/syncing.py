@@ -1,13 +1,14 @@
 """Files onto the disk while they are still being written.
 
 A system keeps gigabytes of written bytes in memory before it begins to bring them to the disk. Left to the end, they
-would have to be waited for while the processors have nothing to do.
+would have to be waited for while the processors have nothing to do. Nor does it give that memory back: the next bytes
+take further memory, until what other programs have read is driven out, and new memory is slow at its first use.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from hf_tpp_conversion.files.writing import sync
+from hf_tpp_conversion.files.writing import sync_and_forget
 
 __all__ = ["Syncer"]
 
@@ -34,7 +35,7 @@ class Syncer:
             if running is not None:
                 running.result()
             self._written[path] = 0
-            self._running[path] = self._pool.submit(sync, path)
+            self._running[path] = self._pool.submit(sync_and_forget, path)
 
     def finish(self) -> None:
         """Wait for the syncs that run.

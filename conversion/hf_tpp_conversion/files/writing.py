@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["sync", "write_all", "write_at"]
+__all__ = ["sync", "sync_and_forget", "write_all", "write_at"]
 
 
 def write_at(path: Path, position: int, views: list[memoryview]) -> None:
@@ -29,5 +29,16 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_and_forget(path: Path) -> None:
+    """Wait until a file is on the disk, and give back the memory in which the system keeps its bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
