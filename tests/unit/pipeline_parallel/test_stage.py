@@ -19,7 +19,7 @@ PLAIN = plain_payload(SHAPE, torch.float32)
 def make_stage(flow: StageFlow, weight: torch.Tensor) -> Stage:
     def forward_model(input_ids: torch.Tensor) -> None:
         assert flow.received is not None
-        (hidden,) = flow.received
+        hidden = flow.hand_on({"hidden_states": flow.received[0]}, block=0)
         flow.output = (hidden + hidden * weight,)
         raise StageComplete
 
@@ -52,6 +52,25 @@ def test_an_unexpected_message_is_refused() -> None:
     other = Traffic(PLAIN, plain_payload(SHAPE, torch.bfloat16))
     with pytest.raises(UnsupportedModelError, match=r"float32 \[2, 3, 4\] where the next stage expects torch.bfloat16"):
         stage.forward(TOKENS, (torch.randn(SHAPE),), other, read_loss)
+
+
+@pytest.mark.parametrize("skipped", ["hollow", "last", "behind"])
+def test_skipped_blocks_are_refused(skipped: str) -> None:
+    """The hollow ones hand on what was received, the last own one makes the message, the ones behind end the pass."""
+    flow = StageFlow()
+
+    def forward_model(input_ids: torch.Tensor) -> None:
+        hidden = torch.zeros(SHAPE)
+        if skipped != "hollow":
+            hidden = flow.hand_on({"hidden_states": hidden}, block=0)
+        if skipped != "last":
+            hidden = flow.note_output(hidden * 2)
+        if skipped != "behind":
+            flow.complete({"hidden_states": hidden})
+
+    stage = Stage(forward_model, flow)
+    with pytest.raises(UnsupportedModelError, match="skipped blocks at the edge of a pipeline stage"):
+        stage.forward(TOKENS, (torch.randn(SHAPE),), Traffic(PLAIN, PLAIN), read_loss)
 
 
 def test_the_last_stage_hands_out_what_is_read() -> None:
