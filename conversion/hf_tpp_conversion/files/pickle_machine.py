@@ -1,5 +1,7 @@
 """A machine for the instructions of pickles that has none that imports or calls anything."""
 
+import io
+import pickle
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -44,24 +46,37 @@ class _Machine:
         self.num_sets = 0
 
     def run(self, content: bytes) -> Any:
-        stack = self.stack
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(content), 1):
-            if count > _MAX_OPERATIONS:
-                raise CheckpointError(f"{self.where} has more than {_MAX_OPERATIONS} pickle instructions: refused")
-            if len(stack) > _MAX_STACK:
-                raise CheckpointError(f"{self.where} piles up more than {_MAX_STACK} values in its pickle: refused")
-            name = opcode.name
-            if name in _PUSHES:
-                stack.append(argument)
-            elif name in _CONSTANTS:
-                stack.append(_CONSTANTS[name]())
-            elif name in _OPERATIONS:
-                _OPERATIONS[name](self, argument)
-            elif name == "STOP":
+        stack, stream, position = self.stack, io.BytesIO(content), 0
+        for _ in range(_MAX_OPERATIONS):
+            if position >= len(content):
+                raise ValueError("pickle exhausted before seeing STOP")
+            code = content[position]
+            position += 1
+            simple = _SIMPLE.get(code)
+            if simple is not None:
+                simple(self, None)
+            elif code == _STOP:
                 return stack.pop()
             else:
-                raise CheckpointError(f"{self.where} has the pickle instruction {name}, which no checkpoint needs")
-        raise CheckpointError(f"{self.where} ends in the middle of a pickle: copy it again")
+                stream.seek(position)
+                self._follow(code, stream)
+                position = stream.tell()
+            if len(stack) > _MAX_STACK:
+                raise CheckpointError(f"{self.where} piles up more than {_MAX_STACK} values in its pickle: refused")
+        raise CheckpointError(f"{self.where} has more than {_MAX_OPERATIONS} pickle instructions: refused")
+
+    def _follow(self, code: int, stream: io.BytesIO) -> None:
+        """An instruction with an argument, or one that is refused."""
+        opcode = _OPCODES.get(code)
+        if opcode is None:
+            raise ValueError(f"byte {code:#04x} is no instruction")
+        argument = opcode.arg.reader(stream) if opcode.arg is not None else None
+        if opcode.name not in _PUSHES and opcode.name not in _OPERATIONS:
+            raise CheckpointError(f"{self.where} has the pickle instruction {opcode.name}, which no checkpoint needs")
+        if opcode.name in _PUSHES:
+            self.stack.append(argument)
+        else:
+            _OPERATIONS[opcode.name](self, argument)
 
     def pop_to_mark(self) -> list[Any]:
         items = []
@@ -194,14 +209,15 @@ _PUSHES = frozenset(
 )  # fmt: skip
 
 
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: _MARK,
+# Instructions that push a value of their own.
+_CONSTANTS: dict[str, Callable[[_Machine, Any], None]] = {
+    "NONE": lambda machine, _: machine.stack.append(None),
+    "NEWTRUE": lambda machine, _: machine.stack.append(True),
+    "NEWFALSE": lambda machine, _: machine.stack.append(False),
+    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
+    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
+    "EMPTY_TUPLE": lambda machine, _: machine.stack.append(()),
+    "MARK": lambda machine, _: machine.stack.append(_MARK),
 }
 
 
@@ -234,4 +250,14 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "FROZENSET": _Machine.frozen_set,
     "EMPTY_SET": _Machine.make_set,
     "POP": _Machine.pop,
+}
+
+
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+_STOP = ord(pickle.STOP)
+# Most instructions have no argument: they are found by their byte alone.
+_SIMPLE = {
+    code: (_CONSTANTS | _OPERATIONS)[opcode.name]
+    for code, opcode in _OPCODES.items()
+    if opcode.arg is None and opcode.name in _CONSTANTS | _OPERATIONS
 }
