@@ -75,23 +75,28 @@ class DropoutStreams:
         return any(getattr(owner, name) > 0.0 for owner, name in self.sources)
 
     def next_seed(self, active: bool) -> int:
-        """For the next pass, of which the first rank's counts. Without dropout the caller's generator does not move."""
+        """For the next pass, of which the first rank's counts; 0 where nothing has to be seeded.
+
+        Args:
+            active: Some dropout is on; without any, the caller's generator does not move.
+        """
         if active:
             return int(torch.randint(0, 2**62, ()).item())
+        if self.tp_size == 1:
+            return 0
         self._num_seeds += 1
-        return (
-            derive_seed(zlib.crc32(torch.get_rng_state().numpy().tobytes()), self._num_seeds) if self.tp_size > 1 else 0
-        )
+        return derive_seed(zlib.crc32(torch.get_rng_state().numpy().tobytes()), self._num_seeds)
 
     @contextmanager
-    def running(self, active: bool, *seed: int) -> Iterator[None]:
+    def running(self, active: bool, seed: int, *place: int) -> Iterator[None]:
         """Use the streams within this context, and leave the caller's generators as they were.
 
         Args:
             active: Some dropout is on.
-            *seed: Where it is not, what tp ranks draw from nevertheless; the same on them.
+            seed: Where it is not, what tp ranks draw from nevertheless; the same on them. 0: the caller's generators.
+            *place: Replica and stage, which draw other numbers.
         """
-        if not active and self.tp_size == 1:
+        if not active and not seed:
             yield
             return
         devices = [self.device] if self.device.type == "cuda" else []
@@ -99,7 +104,7 @@ class DropoutStreams:
             self.active = active
             try:
                 if not active:
-                    self._seed_everything(derive_seed(*seed))
+                    self._seed_everything(derive_seed(seed, *place))
                 yield
             finally:
                 self.active = False

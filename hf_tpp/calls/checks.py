@@ -9,7 +9,7 @@ from hf_tpp.errors import BatchError, ConfigurationError
 from hf_tpp.pipeline_parallel.cache import find_cache
 from hf_tpp.pipeline_parallel.microbatch import sequence_length
 
-__all__ = ["check_outputs", "check_parameters", "check_sequence_shards", "check_training"]
+__all__ = ["check_outputs", "check_parameters", "check_sequence_shards", "check_skipped_blocks", "check_training"]
 
 
 def check_training(context: CallContext, batch: Batch) -> None:

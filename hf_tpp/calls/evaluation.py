@@ -6,7 +6,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_tpp.calls.agreement import agree_on_call
-from hf_tpp.calls.checks import check_outputs, check_parameters
+from hf_tpp.calls.checks import check_outputs, check_parameters, check_skipped_blocks
 from hf_tpp.calls.context import CallContext, to_device
 from hf_tpp.calls.sharing import share_logits, share_loss
 from hf_tpp.errors import HfTppError
@@ -56,7 +56,8 @@ def forwards(context: CallContext, microbatches: list[dict[str, Any]], seed: int
     def start_microbatch(index: int) -> None:
         context.streams.start_microbatch(seed, mesh.dp.rank, index, mesh.pp.rank)
 
-    with context.replicas.gathered(), context.streams.running(_draws(context)):
+    streams = context.streams.running(_draws(context), seed, mesh.dp.rank, mesh.pp.rank)
+    with context.replicas.gathered(), streams:
         traffic = context.traffic(microbatches, 1, start_microbatch)
         return context.runner.evaluate(microbatches, traffic, start_microbatch)
 
@@ -74,6 +75,8 @@ def prepare_evaluation(context: CallContext, batch: dict[str, Any]) -> tuple[lis
         check_outputs(context, batch)
         if context.agreement:  # not at every step of a generation
             check_parameters(context)
+        if context.model.training:
+            check_skipped_blocks(context)
         batch = to_device(batch, context.mesh.device)
         argument = cache_argument(context.model)
         cache = find_cache(batch.values())
@@ -87,7 +90,9 @@ def prepare_evaluation(context: CallContext, batch: dict[str, Any]) -> tuple[lis
         microbatches = context.split(batch) if cache is None else split_batch(batch, 1)
     except HfTppError as error:
         problem = error
-    seed = int(torch.randint(0, 2**62, ()).item()) if _draws(context) else 0
+    draws = _draws(context)
+    # The steps of a generation continue from generators that are the same on all ranks already.
+    seed = context.streams.next_seed(draws) if draws or context.agreement else 0
     if context.agreement:
         *_, seed = agree_on_call(context, batch, problem, [0, 0, seed], trains=False)[0]
     elif problem is not None:

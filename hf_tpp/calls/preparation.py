@@ -94,8 +94,8 @@ def training_mode(context: CallContext, training: TrainingBatch) -> Iterator[Non
     context.regions.sequence_parallel = context.sequence_parallel
     packing = context.packed_sequences.remembered(training.microbatches)
     try:
-        place = training.seed, context.mesh.dp.rank, context.mesh.pp.rank
-        with context.replicas.gathered(), context.streams.running(training.draws, *place), packing:
+        streams = context.streams.running(training.draws, training.seed, context.mesh.dp.rank, context.mesh.pp.rank)
+        with context.replicas.gathered(), streams, packing:
             yield
     finally:
         context.regions.sequence_parallel = False

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from hf_tpp.collectives.flat import all_gather_flat
 from hf_tpp.errors import RankMismatchError
 
-__all__ = ["agree_on", "checksum", "exchange", "text_hash"]
+__all__ = ["agree_on", "checksum", "exchange", "text_hash", "true_somewhere"]
 
+_FLAGS = 62  # per number that ranks exchange
 _MIX = 0x9E37_79B9_7F4A_7C15 - 2**64  # odd 64-bit constant (golden ratio), as a signed integer
 
 
@@ -45,6 +46,16 @@ def exchange(numbers: Sequence[int | torch.Tensor], group: dist.ProcessGroup | N
     all_gather_flat(gathered, row, group=group)
     rows: list[list[int]] = gathered.view(group.size(), -1).tolist()
     return rows
+
+
+def true_somewhere(flags: Sequence[bool], group: dist.ProcessGroup | None) -> list[bool]:
+    """Which of the flags any rank has set. Collective; as many flags on every rank."""
+    numbers = [
+        sum(1 << offset for offset, flag in enumerate(flags[start : start + _FLAGS]) if flag)
+        for start in range(0, len(flags), _FLAGS)
+    ]
+    rows = exchange(numbers, group) if numbers else []
+    return [any(row[index // _FLAGS] >> index % _FLAGS & 1 for row in rows) for index in range(len(flags))]
 
 
 def _on_one_device(numbers: Sequence[int | torch.Tensor]) -> list[int | torch.Tensor]:

@@ -19,15 +19,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_tpp.collectives.agreement import exchange
+from hf_tpp.collectives.agreement import true_somewhere
 from hf_tpp.data_parallel.reduction import scatter_mean
 from hf_tpp.data_parallel.units import UnitPlan
 from hf_tpp.errors import ConfigurationError
 from hf_tpp.mesh import ParallelMesh
 
 __all__ = ["FullySharded"]
-
-_FLAGS = 62  # parameters per number that ranks exchange
 
 
 class _Unit(nn.Module):
@@ -120,7 +118,7 @@ class FullySharded:
         A parameter that no replica used gets none, as in one process; one that only some used gets a mean all the same.
         """
         places = {parameter: index for index, parameter in enumerate(parameters)}
-        is_used = self._used_somewhere([gradient is not None for gradient in gradients])
+        is_used = true_somewhere([gradient is not None for gradient in gradients], self._mesh.dp_control)
         released: list[torch.Tensor | None] = [None] * len(gradients)
         for members in self._members:
             chosen = [places[own] for own in members if own in places and is_used[places[own]]]
@@ -136,15 +134,6 @@ class FullySharded:
             for index, rows in zip(chosen, scatter_mean(whole, self._mesh.dp), strict=True):
                 released[index] = _like(parameters[index], rows)
         return released
-
-    def _used_somewhere(self, is_used: Sequence[bool]) -> list[bool]:
-        """What any replica uses, all replicas reduce. Collective over the dp axis."""
-        numbers = [
-            sum(1 << offset for offset, used in enumerate(is_used[start : start + _FLAGS]) if used)
-            for start in range(0, len(is_used), _FLAGS)
-        ]
-        rows = exchange(numbers, self._mesh.dp_control) if numbers else []
-        return [any(row[index // _FLAGS] >> index % _FLAGS & 1 for row in rows) for index in range(len(is_used))]
 
     def finish(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients are averaged already."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 
+from hf_tpp.collectives.agreement import true_somewhere
 from hf_tpp.mesh import ParallelMesh
 from hf_tpp.sharding import ShardSpec
 
@@ -82,11 +83,20 @@ def _sum_replicated_heads(gradients: list[torch.Tensor | None], specs: Sequence[
 def average_over_replicas(parameters: Iterable[torch.nn.Parameter], mesh: ParallelMesh) -> None:
     """Replace every `p.grad` by its mean over the dp axis.
 
-    Collective: every rank of the dp axis, whose parameters have gradients for the same names.
+    A parameter that no replica used keeps none, as in one process; where some used it, it is zero on the others (an
+    expert that none of their tokens chose, a block that they skipped).
+
+    Collective: every rank of the dp axis, with the same parameters.
     """
-    if mesh.dp.size > 1:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        _all_reduce_buckets(gradients, mesh.dp.group, 1.0 / mesh.dp.size)
+    if mesh.dp.size == 1:
+        return
+    parameters = list(parameters)
+    is_used = true_somewhere([parameter.grad is not None for parameter in parameters], mesh.dp_control)
+    used = [parameter for parameter, flag in zip(parameters, is_used, strict=True) if flag]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    _all_reduce_buckets([parameter.grad for parameter in used], mesh.dp.group, 1.0 / mesh.dp.size)
 
 
 @torch.no_grad()

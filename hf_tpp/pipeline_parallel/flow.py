@@ -97,7 +97,7 @@ class StageFlow:
         """Before a forward."""
         self.is_running = True
         self._known, self._shared, self._handed_on = set(), False, False
-        self.routers.logits, self._outputs = {}, {}
+        self.routers.logits, self._outputs, self._last_output = {}, {}, None
         if self.receives is not None and self.received is not None:
             self._outputs = self.receives.earlier_outputs(self.received) | {self.block_before: self.received[0]}
         if self.routers.active and self.receives is not None and self.received is not None:

@@ -155,6 +155,12 @@ def test_pickle_bombs(content, words):
     assert "some file" in str(caught.value)
 
 
+def test_a_manifest_of_another_format(legacy, tmp_path):
+    path = legacy / MANIFEST_NAME
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    refused(legacy, "has the format '1', 2 is read here", tmp_path)
+
+
 def test_python_reads_what_is_written_and_the_other_way_round():
     value = {"a": [1, 2.5, None, True, "ä", -(2**40)], "b": (1, (2,)), "n": Namespace(x=1)}
     assert pickle.loads(write_pickle(value)) == value

@@ -16,8 +16,8 @@ DPO, DPO_LORA = Way("dpo", "gpt2"), Way("dpo", "llama_gqa", lora=True)
 CASES = [
     *((way, TP) for way in (SFT, DPO_LORA)),
     *((way, PP) for way in (SFT_LORA, DPO)),
-    *((way, TP_PP) for way in (SFT,)),
-    *((way, DP_PP) for way in (DPO,)),
+    (SFT, TP_PP),
+    (DPO, DP_PP),
     (Way("sft", "llama_gqa", options=(("patch", False),), evaluates=7), DP),
     (Way("dpo", "gpt2", options=(("patch", False),), evaluates=8), DP),
     (Way("dpo", "llama_gqa", reference="plain"), TP),

@@ -183,6 +183,37 @@ def pass_with_skipped_blocks() -> None:
     model(input_ids=input_ids, labels=input_ids)
 
 
+def replicas_that_skip() -> dict[str, torch.Tensor]:
+    """Gradients, where replica r uses no block but block r; blocks have equal sizes."""
+    model = skipping_model("llama", 0.0).train()
+    for index, layer in enumerate(model.model.layers):
+        if index != dist.get_rank():
+            layer.forward = lambda hidden_states, *_, **__: hidden_states
+    hf_tpp.parallelize(model, verbose=False)
+    input_ids = torch.arange(64).view(4, 16)
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def noise_of_forwards(is_trained: bool) -> list[torch.Tensor]:
+    """What a model draws in forwards alone, at tp=2 from generators of their own."""
+    drawn: list[torch.Tensor] = []
+
+    def add_noise(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        drawn.append(torch.rand_like(output))
+        return output + drawn[-1]
+
+    model = tiny_model("llama_gqa", LAYERS, "eager").train(is_trained)
+    hf_tpp.parallelize(model, tp=2, num_microbatches=1, verbose=False)
+    model.model.norm.register_forward_hook(add_noise)
+    torch.manual_seed(dist.get_rank())
+    batch = make_batch(4, SEQ, seed=0)
+    with torch.no_grad():
+        for _ in range(3):
+            model(**batch)
+    return drawn
+
+
 def skipping_model(family: str, layerdrop: float) -> nn.Module:
     names = (
         "dropout",

@@ -16,10 +16,12 @@ from tests.parity.dropout import (
     Mask,
     Pass,
     jittered_pass,
+    noise_of_forwards,
     one_pass,
     pass_with_skipped_blocks,
     passes_with_layerdrop,
     passes_with_noise,
+    replicas_that_skip,
     train,
 )
 from tests.parity.models import make_batch, tiny_model
@@ -225,3 +227,25 @@ def test_skipped_blocks_are_refused_where_no_name_announces_them():
     with pytest.raises(RankError) as caught:
         run_ranks(pass_with_skipped_blocks, 2)
     assert any("skipped blocks at the edge of a pipeline stage" in text for text in caught.value.messages.values())
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_noise_of_forwards_alone_is_the_same_on_all_ranks_and_new_each_time(is_trained):
+    drawn, others = run_ranks(noise_of_forwards, 2, is_trained)
+    assert len(drawn) == 3
+    for ours, theirs in zip(drawn, others, strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+
+
+def test_replicas_that_use_different_blocks_average_the_same_ones():
+    """One message of equal size on both would hold other blocks' gradients without a word."""
+    gradients, others = run_ranks(replicas_that_skip, 2)
+    assert gradients.keys() == others.keys()
+    used = {name.split(".")[2] for name in gradients if ".layers." in name}
+    assert used == {"0", "1"}
+    alone = dict(run_ranks(replicas_that_skip, 1)[0])
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name
+        if ".layers.0." in name:  # half of what the first replica finds, and the other's zeros
+            torch.testing.assert_close(gradient, alone[name] / 2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hf_tpp.check.ranks import Report
 from tests.ranks import RankError, run_ranks
 
 
@@ -41,7 +42,6 @@ def fail_on(rank):
 
 
 def fail_everywhere():
-    time.sleep(0.2 * dist.get_rank())
     raise KeyError(dist.get_rank())
 
 
@@ -123,6 +123,14 @@ def test_error_of_every_rank_is_collected():
         run_ranks(fail_everywhere, 3)
     assert caught.value.messages == {0: "0", 1: "1", 2: "2"}
     assert sorted(caught.value.errors) == [0, 1, 2]
+
+
+def test_errors_stand_in_the_order_in_which_they_came():
+    """Given, not timed: the first failure is the summary."""
+    reports = {rank: Report(error=f"trace {rank}", type="KeyError", message=str(rank)) for rank in (2, 0, 1)}
+    error = RankError(reports, {}, 1.0)
+    assert list(error.errors) == [2, 0, 1]
+    assert error.summary == "rank 2 raised KeyError: 2"
 
 
 def test_hang_becomes_a_failure_with_the_stack():

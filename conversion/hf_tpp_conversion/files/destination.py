@@ -20,7 +20,7 @@ import numpy as np
 from hf_tpp.errors import CheckpointError, ConfigurationError
 from hf_tpp_conversion.files.bands import bands
 from hf_tpp_conversion.files.dtypes import Array
-from hf_tpp_conversion.files.manifest import MANIFEST_NAME, written_sum
+from hf_tpp_conversion.files.manifest import FORMAT, MANIFEST_NAME, written_sum
 from hf_tpp_conversion.files.sums import Summer
 from hf_tpp_conversion.files.syncing import Syncer
 from hf_tpp_conversion.files.writing import sync, write_all, write_at
@@ -168,7 +168,7 @@ class Destination:
     def _publish(self) -> None:
         """Sync everything, then rename."""
         self._syncer.finish()
-        manifest = json.dumps({"format": 1, "files": self._sums}, indent=1, sort_keys=True)
+        manifest = json.dumps({"format": FORMAT, "files": self._sums}, indent=1, sort_keys=True)
         (self.staging / MANIFEST_NAME).write_text(manifest + "\n")
         (self.staging / _LOCK).unlink()
         for path in [*self.staging.rglob("*"), self.staging]:

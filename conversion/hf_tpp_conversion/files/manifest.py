@@ -1,6 +1,6 @@
 """CRC-32 sums of what was written, so that a flipped bit is found and named when it is read again.
 
-hf_tpp_manifest.json     {"format": 1, "files": {"model.safetensors": {"<position>:<bytes>": "<crc32>", ...}, ...}}
+hf_tpp_manifest.json     {"format": 2, "files": {"model.safetensors": {"<position>:<bytes>": "<crc32>", ...}, ...}}
 
 Sums are kept per run of bytes, one run per stored tensor, because a reader reads tensors one at a time; small files
 have one run. A checkpoint without a manifest (every one that others wrote) is read without this check.
@@ -14,9 +14,10 @@ from hf_tpp.errors import CheckpointError
 from hf_tpp_conversion.files.byte_ranges import read_range
 from hf_tpp_conversion.files.json_reading import read_json
 
-__all__ = ["MANIFEST_NAME", "Manifest", "written_sum"]
+__all__ = ["FORMAT", "MANIFEST_NAME", "Manifest", "written_sum"]
 
 MANIFEST_NAME = "hf_tpp_manifest.json"
+FORMAT = 2  # 1 had SHA-256
 _LIMIT = 64 * 2**20
 _MAX_HEAD = 64 * 2**20
 _FIX = f"the file was damaged, get it again; if you changed it yourself, delete {MANIFEST_NAME}"
@@ -42,7 +43,13 @@ class Manifest:
         self._sums: dict[str, dict[str, str]] = {}
         path = root / MANIFEST_NAME
         if path.is_file():
-            files = read_json(path, _LIMIT).get("files")
+            content = read_json(path, _LIMIT)
+            if content.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{path} has the format {str(content.get('format'))[:20]!r}, {FORMAT} is read here: delete it to "
+                    f"read the checkpoint without this check"
+                )
+            files = content.get("files")
             if not isinstance(files, dict) or not all(isinstance(sums, dict) for sums in files.values()):
                 raise CheckpointError(f"{path} is damaged: delete it to read the checkpoint without this check")
             self._sums = files
