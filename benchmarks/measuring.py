@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.alone import start_alone
 from benchmarks.contestants import Setting, load
+from benchmarks.kernels import kernels_of
 from benchmarks.workload import Workload, optimizer_of
 
 __all__ = ["measure"]
@@ -24,6 +26,8 @@ def measure(
     steps: int,
     on_meta: bool = False,
     compile_backend: str = "inductor",
+    alone: bool = False,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Whole synchronised steps: forward, backward, optimizer.
 
@@ -35,18 +39,23 @@ def measure(
         steps: Steps of which the median counts.
         on_meta: Give the contestant a model without values.
         compile_backend: What contestants that compile give to torch.compile.
+        alone: Be rank 0 without the others; see `alone.py`.
+        profile: One more step, under the profiler; on a GPU.
 
     Collective: every rank of the contestant, started with the environment of torchrun.
 
     Returns:
-        Times in seconds, losses of all steps, and the peak memory of every rank in bytes.
+        Times in seconds, losses of all steps, the peak memory of every rank in bytes, and with `profile` what `kernels_of`
+        returns.
     """
     kind = load(name)
     device = torch.device("cpu")
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if kind.world_size > 1 and not kind.starts_distributed:
+    if kind.world_size > 1 and alone:
+        start_alone(kind.world_size)
+    elif kind.world_size > 1 and not kind.starts_distributed:
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if backend == "nccl" else None, timeout=timedelta(minutes=5))
     dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
@@ -58,12 +67,17 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     losses, times = [], []
-    for _ in range(warmup + steps):
-        _synchronize(device_type)
-        start = time.perf_counter()
+
+    def step() -> torch.Tensor:
         loss = contestant.step(tokens)
         optimizer.step()
         optimizer.zero_grad()
+        return loss
+
+    for _ in range(warmup + steps):
+        _synchronize(device_type)
+        start = time.perf_counter()
+        loss = step()
         _synchronize(device_type)
         times.append(time.perf_counter() - start)
         losses.append(float(loss))
@@ -74,7 +88,10 @@ def measure(
         "warmup": warmup,
         "peak_bytes_per_rank": _of_all_ranks(torch.cuda.max_memory_allocated() if device_type == "cuda" else 0),
         "losses": losses,
+        **({"alone": True} if alone else {}),
     }
+    if profile and device_type == "cuda":
+        result["kernels"] = kernels_of(step)
     if dist.is_initialized():
         dist.destroy_process_group()
     return result

@@ -41,6 +41,8 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--meta", action="store_true", help="hf_tpp alone: it initialises the model shard by shard")
     parser.add_argument("--compile-backend", default="inductor", help="of contestants that compile")
+    parser.add_argument("--alone", action="store_true", help="one rank of each on one GPU, nothing is transferred")
+    parser.add_argument("--profile", action="store_true", help="one more step each, with the times of its kernels")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one contestant")
     parser.add_argument("--total-limit", type=float, default=float("inf"), help="seconds for all of them")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
@@ -71,6 +73,7 @@ def main() -> None:
     record = Record(output, arguments.device, arguments.steps)
     options = {"device_type": arguments.device, "warmup": arguments.warmup, "steps": arguments.steps}
     options |= {"on_meta": arguments.meta, "compile_backend": arguments.compile_backend}
+    options |= {"alone": arguments.alone, "profile": arguments.profile}
     names = [name for name in CONTESTANTS if name.startswith(tuple(arguments.only))]
     for workload in workloads(arguments):
         for name in names:
@@ -79,7 +82,7 @@ def main() -> None:
             if limit <= 0:
                 result = {"contestant": name, "failed": f"not run: {arguments.total_limit:.0f} s were used up"}
             else:
-                result = launch(name, world_size, workload, options, limit)
+                result = launch(name, 1 if arguments.alone else world_size, workload, options, limit)
             record.add(result, workload, world_size)
             print(line_of(record.results[-1], record.results[-1]), flush=True)
     print(record.table())

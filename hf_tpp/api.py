@@ -250,7 +250,7 @@ def _build(
         dtype=dtype,
         sequence_parallel=assembly.sequence_parallel,
         counts_tokens=counts_tokens(model),
-        compiled_blocks=CompiledBlocks(flow.own, regions),
+        compiled_blocks=CompiledBlocks(flow.own, regions, note.function or model.loss_function),
         fewest_padded_rows=fewest_rows,
     )
     return calls, specs

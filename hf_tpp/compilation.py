@@ -4,6 +4,8 @@
       block.forward(...)    compiled where it is trained, elsewhere the block's own
         attention, MLP      the collectives of tensor parallelism become part of the graph
 
+      loss                  its arithmetic becomes one kernel each way, where the backend fuses
+
 Blocks that are alike share one graph. The model around the blocks is not compiled: it decides about masks, and where
 transformers finds itself compiled it builds explicit ones, which keep attention from its fast path.
 """
@@ -19,6 +21,8 @@ from torch import nn
 
 from hf_tpp.errors import ConfigurationError
 from hf_tpp.pipeline_parallel.cache import find_cache
+from hf_tpp.tensor_parallel.loss import VocabParallelCausalLMLoss
+from hf_tpp.tensor_parallel.loss_arithmetic import PLAIN, LossArithmetic
 from hf_tpp.tensor_parallel.region import RegionState
 
 __all__ = ["CompileOptions", "CompiledBlocks", "compile_options"]
@@ -67,7 +71,7 @@ def _replays_graphs(options: CompileOptions) -> bool:
 
 
 class CompiledBlocks:
-    """The blocks of one stage, which run compiled where they are trained.
+    """The blocks of one stage, which run compiled where they are trained, and the loss.
 
     With `dynamic=False`, the default here, each shape of a microbatch has a graph of its own. torch keeps 8 of them;
     microbatches of any further shape run plain.
@@ -75,15 +79,17 @@ class CompiledBlocks:
     Args:
         blocks: Of this stage.
         regions: What their tensor-parallel regions share.
+        loss: The model's loss function; compiled if it is ours.
 
     Attributes:
         options: Of torch.compile; None if nothing is compiled.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], regions: RegionState) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], regions: RegionState, loss: Any = None) -> None:
         self.options: CompileOptions | None = None
         self._plain = [(block, block.forward) for block in blocks]
         self._regions = regions
+        self._loss = loss if isinstance(loss, VocabParallelCausalLMLoss) else None
         self._reasons: set[str] = set()
 
     def compile(self, wanted: bool | CompileOptions | None) -> None:
@@ -103,6 +109,10 @@ class CompiledBlocks:
         for block, plain in self._plain:
             compiled = torch.compile(plain, **{"dynamic": False, **self.options})
             block.forward = self._switching(block, plain, compiled)
+        if self._loss is not None:
+            # Other backends do not fuse: without chunks there would be float32 copies of all logits.
+            fuses = self.options.get("backend") in (None, "inductor")
+            self._loss.arithmetic = LossArithmetic.compiled(self.options) if fuses else PLAIN
 
     def _switching(
         self, block: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]

@@ -16,6 +16,7 @@ __all__ = [
     "TensorParallel",
     "TensorParallelCompiled",
     "TensorParallelOverlapped",
+    "TensorParallelOverlappedRecorded",
     "TensorParallelRecorded",
 ]
 
@@ -67,8 +68,14 @@ class TensorParallelOverlapped(TensorParallelCompiled):
     options: ClassVar[dict[str, Any]] = {"tp": 2, "overlap_microbatches": True}
 
 
-class TensorParallelRecorded(TensorParallelOverlapped):
+class TensorParallelRecorded(TensorParallelCompiled):
     """And whole passes recorded as CUDA graphs."""
+
+    records: ClassVar[bool] = True
+
+
+class TensorParallelOverlappedRecorded(TensorParallelOverlapped):
+    """Both."""
 
     records: ClassVar[bool] = True
 

@@ -54,6 +54,8 @@ class KeptGradients:
 
     def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add one microbatch."""
+        into: list[torch.Tensor] = []
+        added: list[torch.Tensor] = []
         for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
@@ -62,11 +64,14 @@ class KeptGradients:
                 self.tensors[index] = gradient.clone() if self._in_lanes else gradient
                 self._is_own[index] = self._in_lanes
             elif self._is_own[index]:
-                kept.add_(gradient)
+                into.append(kept)
+                added.append(gradient)
             else:
                 # Autograd may have handed out one tensor twice: only a sum of our own may be changed in place.
                 self.tensors[index] = kept + gradient
                 self._is_own[index] = True
+        if into:
+            torch._foreach_add_(into, added)  # in few kernels
 
 
 @dataclass(slots=True)

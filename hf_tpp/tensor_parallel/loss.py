@@ -3,16 +3,15 @@
     loss_t = log sum_v exp(x_tv - max_t) + max_t - x_t,target
 
 Three numbers per token cross the group (the maximum; then sum and target logit in one message); the full logits never
-exist on any rank. Arithmetic is at least in float32, on a chunk of tokens at a time: no float32 copy
-of all logits exists either. The backward computes the exponentials again, from the logits in their own type.
+exist on any rank. Arithmetic is at least in float32, but no float32 copy of all logits exists either
+(`loss_arithmetic.py`). The backward computes the exponentials again, from the logits in their own type.
 
     kept for the backward    logits [tokens, V/t], in their own type; maximum and log of the sum, float32 [tokens]
-    made by the backward     their gradient, in their own type; float32 [chunk, V/t]
+    made by the backward     their gradient, in their own type; unless compiled, float32 [chunk, V/t]
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
 """
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -21,17 +20,20 @@ import torch.nn.functional as F
 
 from hf_tpp.collectives.lanes import all_reduce_in_place
 from hf_tpp.plan.layout import Layout
+from hf_tpp.tensor_parallel.loss_arithmetic import PLAIN, LossArithmetic
 
 __all__ = ["VocabParallelCausalLMLoss", "vocab_parallel_cross_entropy"]
 
 Group = dist.ProcessGroup | None
 
-_CHUNK_SIZE = 2**24
-"""Logits that are in float32 at a time: enough to keep a GPU busy."""
-
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, layout: Layout, group: Group, ignore_index: int = -100
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    layout: Layout,
+    group: Group,
+    ignore_index: int = -100,
+    arithmetic: LossArithmetic = PLAIN,
 ) -> torch.Tensor:
     """Cross entropy of each token.
 
@@ -41,19 +43,26 @@ def vocab_parallel_cross_entropy(
         layout: How the vocabulary is cut.
         group: The tensor-parallel group; None for a group of one.
         ignore_index: Target whose loss and gradient are zero.
+        arithmetic: Plain or compiled.
 
     Collective: every rank of `group` calls it.
 
     Returns:
         [tokens] float32 losses, the same on every rank.
     """
-    return cast(torch.Tensor, _CrossEntropy.apply(logits, targets, layout, group, ignore_index))
+    return cast(torch.Tensor, _CrossEntropy.apply(logits, targets, layout, group, ignore_index, arithmetic))
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, layout: Layout, group: Group, ignore_index: int
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        layout: Layout,
+        group: Group,
+        ignore_index: int,
+        arithmetic: LossArithmetic,
     ) -> torch.Tensor:
         tp_rank, tp_size = (0, 1) if group is None else (group.rank(), group.size())
         first = tp_rank * layout.local_size(0, tp_size)
@@ -70,36 +79,22 @@ class _CrossEntropy(torch.autograd.Function):
         maximum = maximum.to(torch.promote_types(logits.dtype, torch.float32))
         all_reduce_in_place(maximum, dist.ReduceOp.MAX, group)
         target_logits = logits.gather(1, index).squeeze(1) - maximum
-        sums = torch.stack([torch.zeros_like(maximum), target_logits.where(is_here, 0.0)])
-        for rows in _chunks(logits):
-            sums[0, rows] = (valid[rows] - maximum[rows].unsqueeze(1)).exp_().sum(dim=1)
+        sums = torch.stack([arithmetic.sums(valid, maximum), target_logits.where(is_here, 0.0)])
         all_reduce_in_place(sums, dist.ReduceOp.SUM, group)
         log_normalizer, target_logits = sums[0].log(), sums[1]
         ctx.save_for_backward(logits, maximum, log_normalizer, index, is_here, is_kept)
-        ctx.num_valid = num_valid
+        ctx.num_valid, ctx.arithmetic = num_valid, arithmetic
         losses: torch.Tensor = (log_normalizer - target_logits).where(is_kept, 0.0).float()
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         logits, maximum, log_normalizer, index, is_here, is_kept = ctx.saved_tensors
         upstream = gradients[0].where(is_kept, 0.0).unsqueeze(1).to(maximum.dtype)
         of_target = upstream.where(is_here.unsqueeze(1), 0.0)
         shift = (maximum + log_normalizer).unsqueeze(1)
-        gradient = torch.empty_like(logits)
-        gradient[:, ctx.num_valid :] = 0.0
-        for rows in _chunks(logits):
-            chunk = (logits[rows, : ctx.num_valid] - shift[rows]).exp_().mul_(upstream[rows])
-            if ctx.num_valid:
-                chunk.scatter_add_(1, index[rows], -of_target[rows])
-            gradient[rows, : ctx.num_valid] = chunk
-        return gradient, None, None, None, None
-
-
-def _chunks(logits: torch.Tensor) -> Iterator[slice]:
-    """Runs of rows of [tokens, V/t] that have at most `_CHUNK_SIZE` logits, or are one row."""
-    step = max(1, _CHUNK_SIZE // logits.shape[1])
-    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
+        gradient = ctx.arithmetic.gradient(logits, shift, upstream, index, of_target, ctx.num_valid)
+        return gradient, None, None, None, None, None
 
 
 class VocabParallelCausalLMLoss:
@@ -108,11 +103,15 @@ class VocabParallelCausalLMLoss:
     Args:
         layout: How the vocabulary is cut.
         group: The tensor-parallel group.
+
+    Attributes:
+        arithmetic: Plain or compiled.
     """
 
     def __init__(self, layout: Layout, group: Group) -> None:
         self.layout = layout
         self.group = group
+        self.arithmetic = PLAIN
 
     def __call__(
         self,
@@ -143,7 +142,7 @@ class VocabParallelCausalLMLoss:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
         losses = vocab_parallel_cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), targets, self.layout, self.group, ignore_index
+            logits.reshape(-1, logits.shape[-1]), targets, self.layout, self.group, ignore_index, self.arithmetic
         )
         if num_items_in_batch is None:
             num_items_in_batch = (targets != ignore_index).sum()

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_tpp.plan.layout import Block, Layout
-from hf_tpp.tensor_parallel import loss as loss_module
-from hf_tpp.tensor_parallel import vocab_parallel_cross_entropy
+from hf_tpp.tensor_parallel import loss_arithmetic, vocab_parallel_cross_entropy
+from hf_tpp.tensor_parallel.loss_arithmetic import LossArithmetic
 from tests.unit.tensor_parallel.live_bytes import LiveBytes
 
 TOKENS, VOCABULARY, PADDED = 50, 1000, 1024
@@ -24,13 +24,30 @@ def logits_and_targets(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("rows", [1, 3, 25, 50, 51])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_chunks_give_the_numbers_of_the_whole(rows, dtype, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_SIZE", rows * PADDED)
+    monkeypatch.setattr(loss_arithmetic, "_CHUNK_SIZE", rows * PADDED)
     logits, targets = logits_and_targets(dtype)
-    losses = vocab_parallel_cross_entropy(logits, targets, LAYOUT, None)
+    check(logits, targets, vocab_parallel_cross_entropy(logits, targets, LAYOUT, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_arithmetic_gives_the_same(dtype):
+    """Of generated code; several sizes, and targets that are elsewhere, at both ends and do not count."""
+    arithmetic = LossArithmetic.compiled({"dynamic": False})
+    logits, targets = logits_and_targets(dtype)
+    targets[1], targets[2] = 0, VOCABULARY - 1
+    for tokens in (TOKENS, TOKENS - 7):
+        part = logits.detach()[:tokens].requires_grad_()
+        losses = vocab_parallel_cross_entropy(part, targets[:tokens], LAYOUT, None, arithmetic=arithmetic)
+        check(part, targets[:tokens], losses)
+
+
+def check(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+    """Against torch's own cross entropy in float32."""
+    dtype, tokens = logits.dtype, len(targets)
     reference = logits.detach().float().requires_grad_()
     expected = F.cross_entropy(reference[:, :VOCABULARY], targets, reduction="none")
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-6, atol=1e-6)
-    upstream = torch.randn(TOKENS, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(tokens, generator=torch.Generator().manual_seed(1))
     losses.backward(upstream)
     expected.backward(upstream)
     assert logits.grad.dtype == dtype
@@ -42,7 +59,7 @@ def test_chunks_give_the_numbers_of_the_whole(rows, dtype, monkeypatch):
 def test_memory(monkeypatch):
     """Beside the logits: in the forward one chunk in float32, in the backward also their gradient in their own type."""
     rows = 5
-    monkeypatch.setattr(loss_module, "_CHUNK_SIZE", rows * PADDED)
+    monkeypatch.setattr(loss_arithmetic, "_CHUNK_SIZE", rows * PADDED)
     logits, targets = logits_and_targets(torch.bfloat16)
     chunk, per_token = 4 * rows * PADDED, 100 * TOKENS
     with LiveBytes() as forward:
