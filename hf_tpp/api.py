@@ -20,7 +20,7 @@ from hf_tpp.checkpoint.source import InitialWeights, LoadedWeights, WeightSource
 from hf_tpp.collectives.agreement import agree_on, checksum, text_hash
 from hf_tpp.collectives.p2p import StageLinks
 from hf_tpp.compilation import CompiledBlocks, CompileOptions, compile_options
-from hf_tpp.cuda_graphs import PassRecorder, check_recordable
+from hf_tpp.cuda_graphs import StageRecorder, check_recordable
 from hf_tpp.data_parallel import DATA_PARALLEL, check_shardable, replicas_of
 from hf_tpp.dropout import DropoutStreams
 from hf_tpp.errors import AlreadyParallelError, ConfigurationError, HfTppError
@@ -87,7 +87,8 @@ def parallelize(
             it were a multiple of 64, for which GPUs are faster. (Shards of a vocabulary always are.)
         overlap_microbatches: With tp > 1 and pp=1, run the forward of a microbatch beside the backward of the one
             before: one computes while the other communicates. torch reserves up to twice the memory for activations.
-        cuda_graphs: On GPUs with pp=1, record training passes as CUDA graphs, and replay those; see `cuda_graphs.py`.
+        cuda_graphs: On GPUs, record forwards and backwards of training as CUDA graphs, and replay those; see
+            `cuda_graphs/`.
         data_parallel: What replicas hold: "replicate", each everything; "fully_shard", each a part of the weights,
             gradients and optimizer state, gathered while a pass runs (FSDP2 over the dp axis).
         plan: How to cut modules that are not cut right by themselves: pattern of module names -> `Region`, or None for
@@ -151,7 +152,7 @@ def parallelize(
     if overlap_microbatches:
         calls.runner.lanes = Lanes(mesh)
     if cuda_graphs:
-        calls.recorder = PassRecorder(model, mesh.device)
+        calls.recorder = StageRecorder(model, calls.runner)
     num_bytes = sum(local_part(parameter.detach()).nbytes for parameter in model.parameters())
     report = describe(type(model).__name__, assembly.stages, mesh, specs, num_bytes)
     report += describe_probe(assembly.cuts.regions, assembly.cuts.declined)
@@ -180,7 +181,7 @@ def _decide(
         if options["overlap_microbatches"]:
             check_overlap(tp, pp, options["data_parallel"])
         if options["cuda_graphs"]:
-            check_recordable(torch.device(device or local_device()).type, pp, options["data_parallel"])
+            check_recordable(torch.device(device or local_device()).type, options["data_parallel"])
         if check_world(world_size, tp, pp) > 1 and options["data_parallel"] == "fully_shard":
             check_shardable(model)
         if options["patch"]:

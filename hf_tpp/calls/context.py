@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_tpp.compilation import CompiledBlocks
-from hf_tpp.cuda_graphs import PassRecorder
+from hf_tpp.cuda_graphs import StageRecorder
 from hf_tpp.data_parallel import Replicas
 from hf_tpp.dropout import DropoutStreams
 from hf_tpp.gradients.release import BackwardScale
@@ -62,7 +62,7 @@ class CallContext:
         num_outside: Training calls without labels so far.
         dtypes: Type of each parameter when the model was made parallel.
         residual: The parameter that carries the norm of other ranks.
-        recorder: Records passes as CUDA graphs; None where none are.
+        recorder: Records microbatches as CUDA graphs; None where none are.
         packed_sequences: What the model was found to make of rows.
         after_backward: Runs once every backward pass has filled `p.grad`.
         sync_gradients: Average over the replicas after backward.
@@ -91,7 +91,7 @@ class CallContext:
     num_outside: int = 0
     dtypes: Mapping[nn.Parameter, torch.dtype] = field(init=False)
     residual: nn.Parameter | None = None
-    recorder: PassRecorder | None = None
+    recorder: StageRecorder | None = None
     packed_sequences: PackedSequences = field(default_factory=PackedSequences)
     after_backward: Callable[[], None] = field(default=lambda: None)
     sync_gradients: bool = True

@@ -5,7 +5,6 @@ without labels    forwards alone; their logits carry the backwards (outside.py)
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from hf_tpp.calls.sharing import share_logits, share_loss
 from hf_tpp.gradients.release import release_gradients
 from hf_tpp.gradients.synchronize import sum_shared_gradients
 from hf_tpp.pipeline_parallel.payload import Payload
-from hf_tpp.pipeline_parallel.runner import KeptGradients
-from hf_tpp.pipeline_parallel.stage import Gradients
+from hf_tpp.pipeline_parallel.stage_pass import KeptGradients, StagePass
 
 __all__ = ["training_call"]
 
@@ -60,13 +58,13 @@ def _whole_pass(context: CallContext, training: TrainingBatch) -> LossOutput:
     with training_mode(context, training):
         microbatches, traffic, start_microbatch = start_forwards(context, training)
 
-        def train(microbatches: Sequence[dict[str, Any]], gradients: Gradients) -> tuple[list[Payload], KeptGradients]:
-            return context.runner.train(microbatches, traffic, start_microbatch, read_out, gradients)
+        def run(stage_pass: StagePass | None) -> tuple[list[Payload], KeptGradients]:
+            return context.runner.train(microbatches, traffic, start_microbatch, read_out, gradients, stage_pass)
 
         if context.recorder is None or training.draws:
-            found, kept = train(microbatches, gradients)
+            found, kept = run(None)
         else:
-            found, kept = context.recorder.train(train, microbatches, gradients)
+            found, kept = context.recorder.train(run, microbatches, traffic, gradients, read_out)
     loss = torch.zeros((), device=mesh.device)
     for output in found:
         loss = loss + output[0]

@@ -95,17 +95,23 @@ class Lanes:
     @contextmanager
     def lane(self, kind: Kind, microbatch: int) -> Iterator[None]:
         """Around the forward or the backward of a microbatch."""
-        index = microbatch % 2
-        with on_twin(*self._groups) if index else nullcontext():
+        with self.placed(microbatch):
             if not self._streams:
                 yield
                 return
-            stream = self._streams[index]
-            with torch.cuda.stream(stream):
-                if kind in self._last:
-                    stream.wait_event(self._last[kind])
-                yield
-                self._last[kind] = stream.record_event()
+            stream = torch.cuda.current_stream(self._device)
+            if kind in self._last:
+                stream.wait_event(self._last[kind])
+            yield
+            self._last[kind] = stream.record_event()
+
+    @contextmanager
+    def placed(self, microbatch: int) -> Iterator[None]:
+        """In the stream of a microbatch's lane, with its communicator."""
+        index = microbatch % 2
+        communicator = on_twin(*self._groups) if index else nullcontext()
+        with communicator, torch.cuda.stream(self._streams[index]) if self._streams else nullcontext():
+            yield
 
 
 def check_overlap(tp_size: int, pp_size: int, data_parallel: str) -> None:

@@ -10,17 +10,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from hf_tpp.collectives.p2p import Receipt, StageLinks
 from hf_tpp.mesh import ParallelMesh
 from hf_tpp.pipeline_parallel.lanes import Lanes
 from hf_tpp.pipeline_parallel.payload import LeafSpec, Payload
 from hf_tpp.pipeline_parallel.rehearsal import Rehearsal
 from hf_tpp.pipeline_parallel.schedule import Action, Kind, backward_only, forward_only, one_f_one_b
-from hf_tpp.pipeline_parallel.stage import Gradients, MicrobatchGraph, Stage, Traffic, check_message
+from hf_tpp.pipeline_parallel.stage import Gradients, Stage, Traffic, check_message
+from hf_tpp.pipeline_parallel.stage_pass import KeptGradients, StagePass
 
-__all__ = ["KeptGradients", "OpenPass", "PipelineRunner", "ReadOut", "TimedAction"]
+__all__ = ["OpenPass", "PipelineRunner", "ReadOut", "TimedAction"]
 
 ReadOut = Callable[[int, Any], Payload]
 """The tensors that are taken from the model's output for a microbatch, given by its index."""
@@ -36,42 +35,6 @@ class TimedAction:
     action: Action
     start: float
     end: float
-
-
-class KeptGradients:
-    """Gradients of the parameters, summed over the microbatches and kept apart from `p.grad`.
-
-    Args:
-        num_parameters: How many.
-        in_lanes: Microbatches run in several streams. A sum is then one tensor throughout: memory that one stream frees
-            while another still reads it would be used again too early.
-    """
-
-    def __init__(self, num_parameters: int, in_lanes: bool = False) -> None:
-        self.tensors: list[torch.Tensor | None] = [None] * num_parameters
-        self._is_own = [False] * num_parameters
-        self._in_lanes = in_lanes
-
-    def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Add one microbatch."""
-        into: list[torch.Tensor] = []
-        added: list[torch.Tensor] = []
-        for index, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            kept = self.tensors[index]
-            if kept is None:
-                self.tensors[index] = gradient.clone() if self._in_lanes else gradient
-                self._is_own[index] = self._in_lanes
-            elif self._is_own[index]:
-                into.append(kept)
-                added.append(gradient)
-            else:
-                # Autograd may have handed out one tensor twice: only a sum of our own may be changed in place.
-                self.tensors[index] = kept + gradient
-                self._is_own[index] = True
-        if into:
-            torch._foreach_add_(into, added)  # in few kernels
 
 
 @dataclass(slots=True)
@@ -103,6 +66,7 @@ class PipelineRunner:
         start_microbatch: Callable[[int], None],
         read_out: ReadOut,
         gradients: Gradients,
+        stage_pass: StagePass | None = None,
     ) -> tuple[list[Payload], KeptGradients]:
         """Forwards and backwards of all microbatches in 1F1B order.
 
@@ -112,6 +76,7 @@ class PipelineRunner:
             start_microbatch: Called before each forward with the microbatch's index.
             read_out: What is taken from each output.
             gradients: One, or None, for each tensor that is read out; the same for all microbatches.
+            stage_pass: Runs the microbatches on this stage; default: the stage itself.
 
         Collective: every rank of the replica calls it with the same batch.
 
@@ -119,17 +84,14 @@ class PipelineRunner:
             What was read out of each microbatch (nothing except on the last stage), and the gradients of the stage's
             parameters.
         """
-        execution = _Execution(self, microbatches, traffic, start_microbatch, read_out)
+        stage_pass = stage_pass or StagePass(self.stage, in_lanes=self.lanes is not None)
+        execution = _Execution(self, microbatches, traffic, start_microbatch, read_out, stage_pass)
         execution.output_gradients = [gradients] * len(microbatches)
         pp = self.mesh.pp
         schedule = one_f_one_b(pp.rank, pp.size, len(microbatches))
-        if self.lanes is None:
-            execution.run(schedule)
-        else:
-            execution.gradients = KeptGradients(len(self.stage.parameters), in_lanes=True)
-            with self.lanes.running(self.stage.parameters):
-                execution.run(schedule, self.lanes)
-        return execution.outputs, execution.gradients
+        with nullcontext() if self.lanes is None else self.lanes.running(self.stage.parameters):
+            execution.run(schedule, self.lanes)
+        return execution.outputs, stage_pass.gradients()
 
     def open(
         self,
@@ -200,7 +162,7 @@ class OpenPass:
         execution, pp = self._execution, self._execution.runner.mesh.pp
         execution.output_gradients = gradients
         execution.run(backward_only(pp.rank, pp.size, len(execution.microbatches)))
-        return execution.gradients
+        return execution.stage_pass.gradients()
 
 
 class _Execution:
@@ -213,20 +175,20 @@ class _Execution:
         traffic: Sequence[Traffic],
         start_microbatch: Callable[[int], None],
         read_out: ReadOut | None = None,
+        stage_pass: StagePass | None = None,
     ) -> None:
         self.runner, self.microbatches, self.traffic = runner, microbatches, traffic
         self.start_microbatch, self.read_out = start_microbatch, read_out
         self.stage, self.links = runner.stage, runner.links
+        self.stage_pass = stage_pass or StagePass(runner.stage)
         self.is_last = runner.mesh.pp.is_last
         self.activations: dict[int, list[Receipt]] = {}
         self.gradients_in: dict[int, list[Receipt]] = {}
-        self.graphs: dict[int, MicrobatchGraph] = {}
         self.to_send: dict[int, Payload] = {}
         self.outputs: list[Any] = []
         self.output_gradients: Sequence[Gradients] = ()
         self.timeline: list[TimedAction] = []
         self.started = 0.0
-        self.gradients = KeptGradients(len(runner.stage.parameters))
 
     def run(self, schedule: Sequence[Action], lanes: Lanes | None = None) -> None:
         """Execute the actions in order."""
@@ -282,7 +244,7 @@ class _Execution:
         assert self.read_out is not None
         microbatch, traffic = self.microbatches[index], self.traffic[index]
         read_out = functools.partial(self.read_out, index)
-        self.graphs[index], result = self.stage.forward(microbatch, received, traffic, read_out)
+        result = self.stage_pass.forward(index, microbatch, received, traffic, read_out)
         if self.is_last:
             self.outputs.append(result)
         else:
@@ -309,7 +271,6 @@ class _Execution:
     def _backward(self, index: int) -> None:
         received = self._wait(self.gradients_in.pop(index, None))
         gradients_in = self.output_gradients[index] if received is None else received
-        to_stage_before, gradients = self.stage.backward(self.graphs.pop(index), gradients_in)
-        self.gradients.add(gradients)
+        to_stage_before = self.stage_pass.backward(index, gradients_in)
         if not self.runner.mesh.pp.is_first:
             self.to_send[index] = to_stage_before

@@ -24,7 +24,8 @@ from hf_tpp.checkpoint.source import LoadedWeights
 from hf_tpp.dropout import DropoutStreams
 from hf_tpp.gradients.norm import ParallelNorm
 from hf_tpp.gradients.synchronize import sum_shared_gradients
-from hf_tpp.pipeline_parallel.runner import KeptGradients, _Execution
+from hf_tpp.pipeline_parallel.runner import _Execution
+from hf_tpp.pipeline_parallel.stage_pass import KeptGradients
 from hf_tpp.plan.layout import Block, Layout
 from hf_tpp.plan.resolve import channel_layout
 from hf_tpp.sharding import ShardSpec, unshard

@@ -1,24 +1,51 @@
-"""Training in which microbatches overlap, or passes are recorded as CUDA graphs."""
+"""Training in which microbatches overlap, or are recorded as CUDA graphs."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_tpp
+from hf_tpp.cuda_graphs import StageRecorder
 from hf_tpp.parallel_model import parallel_state
 
-SIZES = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
-LENGTHS = (64, 64, 64, 64, 32, 64, 64, 64)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+LENGTHS = (32, 32, 32, 32, 16, 32, 32, 32)
 VOCABULARY = 512
 
 
+class Repeater(StageRecorder):
+    """Repeats on a CPU, by running it again, what a graph would repeat on a GPU."""
+
+    @contextmanager
+    def _on_stream(self):
+        yield
+
+    def _capture(self, slot: int, function: Callable[[], Any]) -> Any:
+        results = function()
+
+        def replay() -> None:
+            for place, result in zip(results, function(), strict=True):
+                place.copy_(result)
+
+        return replay, results
+
+
 def train(options: dict[str, Any]) -> tuple[list[tuple[float, float]], list[torch.Tensor], int | None]:
-    """Body of a rank: losses and norms of some steps, the weights, and how many passes were recorded."""
+    """Body of a rank: losses and norms of some steps, the weights, and how many kinds of passes were recorded."""
+    options = dict(options)
+    repeats = options.pop("repeats", False)
+    config = LlamaConfig(**SIZES, num_hidden_layers=4, vocab_size=VOCABULARY, max_position_embeddings=128)
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, num_hidden_layers=3, vocab_size=VOCABULARY, max_position_embeddings=128)
     model = AutoModelForCausalLM.from_config(config).train()
-    model = hf_tpp.parallelize(model, tp=2, num_microbatches=5, verbose=False, **options)
+    options = {"num_microbatches": 5, "verbose": False, **options}
+    model = hf_tpp.parallelize(model, **options)
+    calls = parallel_state(model).calls
+    if repeats:
+        calls.recorder = Repeater(model, calls.runner)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     steps = []
     for index, length in enumerate(LENGTHS):
@@ -32,11 +59,37 @@ def train(options: dict[str, Any]) -> tuple[list[tuple[float, float]], list[torc
         optimizer.step()
         optimizer.zero_grad()
         steps.append((loss.item(), norm.item()))
-    recorder = parallel_state(model).calls.recorder
     weights = [parameter.detach().cpu() for parameter in model.parameters()]
-    return steps, weights, None if recorder is None else len(recorder._recordings)
+    return steps, weights, None if calls.recorder is None else calls.recorder.num_recordings
 
 
 def train_in_all_ways(ways: list[dict[str, Any]]) -> list[Any]:
     """Body of a rank."""
     return [train(options) for options in ways]
+
+
+def python_passes(options: dict[str, Any]) -> list[int]:
+    """Body of a rank: how often its first block is run by Python in each pass, where recordings only repeat."""
+
+    def forget(self: StageRecorder, slot: int, function: Callable[[], Any]) -> Any:
+        return (lambda: None), function()
+
+    counts: list[int] = []
+    with patch.object(Repeater, "_capture", forget):
+        config = LlamaConfig(**SIZES, num_hidden_layers=4, vocab_size=VOCABULARY)
+        model = hf_tpp.parallelize(AutoModelForCausalLM.from_config(config).train(), verbose=False, **options)
+        calls = parallel_state(model).calls
+        calls.recorder = Repeater(model, calls.runner)
+        (block, *_) = calls.runner.stage.flow.own
+        plain = block.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[-1] += 1
+            return plain(*args, **kwargs)
+
+        block.forward = counted
+        tokens = torch.arange(8 * 16).reshape(8, 16)
+        for _ in range(5):
+            counts.append(0)
+            model(input_ids=tokens, labels=tokens).loss.backward()
+    return counts

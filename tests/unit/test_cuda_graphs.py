@@ -1,8 +1,7 @@
 """Which passes are recorded, and for which of them a recording stands; the graphs themselves need a GPU."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
 from typing import Any
 
 import pytest
@@ -11,67 +10,88 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_tpp import parallelize
-from hf_tpp.cuda_graphs import PassRecorder, check_recordable
+from hf_tpp.calls.training import training_call
+from hf_tpp.cuda_graphs import check_recordable
 from hf_tpp.errors import ConfigurationError
 from hf_tpp.parallel_model import parallel_state
-from hf_tpp.pipeline_parallel.runner import KeptGradients
+from tests.parity.recorded import Repeater
+
+VOCABULARY = 64
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": VOCABULARY}
 
 
-@dataclass
-class Repeated:
-    """In place of a graph: does the arithmetic that was recorded."""
+class Recorder(Repeater):
+    """Notes what it does."""
 
-    weight: float
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, parallel_state(model).calls.runner)
+        self.is_bad = self.has_replayed = False
 
-    def replay(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, Any]:
-        kept = KeptGradients(1)
-        kept.tensors = [inputs[0] * self.weight]
-        return [(inputs[0].sum() * self.weight,)], kept
+    def train(self, *args):
+        self.has_replayed = False
+        return super().train(*args)
 
+    def _slots_for(self, *args):
+        slots = super()._slots_for(*args)
+        self.has_replayed = slots is not None
+        return slots
 
-class Recorder(PassRecorder):
-    """Without a GPU."""
-
-    def _on_stream(self, train, microbatches, gradients):
-        return train(microbatches, gradients)
-
-    def _record(self, train, microbatches, gradients):
-        if self.model.is_bad:
+    def _capture(self, slot, function):
+        if self.is_bad:
             raise RuntimeError("it looked at a value\nand more")
-        return Repeated(self.model.weight.item())
-
-
-class Toy(nn.Module):
-    """A model as far as a recorder looks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(3.0))
-        self.child = nn.Dropout(0.0)
-        self.is_bad = False
-        self.config = AutoConfig.for_model("llama")
+        return super()._capture(slot, function)
 
 
 class Passes:
-    """Runs passes, and counts those that ran as ever."""
+    """Passes of a tiny model beside those of its plain self."""
 
     def __init__(self) -> None:
-        self.model = Toy()
-        self.recorder = Recorder(self.model, torch.device("cpu"))
-        self.count = 0
+        config = AutoConfig.for_model("llama", num_hidden_layers=1, **SIZES)
+        self.plain = AutoModelForCausalLM.from_config(config).train()
+        self.model = parallelize(copy.deepcopy(self.plain), num_microbatches=2, verbose=False, device="cpu")
+        self.calls = parallel_state(self.model).calls
+        self.recorder = self.calls.recorder = Recorder(self.model)
 
-    def train(self, microbatches, gradients):
-        self.count += 1
-        return Repeated(self.model.weight.item()).replay([microbatches[0]["input_ids"]])
+    def loss(self, tokens: torch.Tensor, **further: Any) -> torch.Tensor:
+        """Of a pass, which several processes would run in a call of the model."""
+        loss: torch.Tensor = training_call(self.calls, {"input_ids": tokens, "labels": tokens, **further}).loss
+        return loss
 
-    def run(self, ids: torch.Tensor | None = None, **further: Any) -> bool:
-        """Whether a pass was replayed."""
-        before = self.count
-        ids = torch.arange(4.0) if ids is None else ids
-        (output,), kept = self.recorder.train(self.train, [{"input_ids": ids, **further}], [torch.ones(()), None])
-        assert torch.equal(kept.tensors[0], ids * self.model.weight)
-        assert output[0] == (ids * self.model.weight).sum()
-        return self.count == before
+    def run(self, first: int = 0, rows: int = 4, length: int = 8, **further: Any) -> bool:
+        """Whether a pass was replayed; its loss and gradients are those of one process."""
+        tokens = (torch.arange(first, first + rows * length) % VOCABULARY).reshape(rows, length)
+        self.model.zero_grad()
+        self.plain.zero_grad()
+        losses = [self.loss(tokens, **further), self.plain(input_ids=tokens, labels=tokens, **further).loss]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(self.model.parameters(), self.plain.parameters(), strict=True):
+            assert ours.requires_grad == theirs.requires_grad
+            if ours.requires_grad:
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+        return self.recorder.has_replayed
+
+    def change(self, name: str) -> None:
+        """Change both models alike."""
+        for model in (self.model, self.plain):
+            norm = model.model.norm
+            if name == "weight":
+                norm.weight.data = torch.full((8,), 5.0)
+            elif name == "requires_grad":
+                norm.weight.requires_grad_(False)
+            elif name == "attribute":
+                norm.variance_epsilon = 0.5
+            elif name == "training":
+                norm.eval()
+            elif name == "config":
+                model.set_attn_implementation("eager")
+            elif name == "forward":
+                norm.forward = lambda x: x * 2.0
+            elif name == "module":
+                model.model.norm = nn.Identity()
+            elif name == "buffer":
+                model.register_buffer("shift", torch.zeros(1))
 
 
 @pytest.fixture
@@ -82,60 +102,73 @@ def passes():
 
 
 def test_other_values_are_replayed(passes):
-    assert passes.run(torch.arange(4.0) + 1)
+    assert passes.run(first=7)
 
 
-@pytest.mark.parametrize("further", [{"use_cache": False}, {"attention_mask": torch.ones(4)}])
+def test_a_result_is_the_callers(passes):
+    """Losses and gradients of a replayed pass, kept while others are replayed."""
+    tokens = torch.arange(32).reshape(4, 8)
+    losses = [passes.loss(ids) for ids in (tokens, tokens + 9)]
+    assert losses[0] != losses[1]
+    passes.model.zero_grad()
+    for loss in losses:
+        loss.backward()
+    passes.plain.zero_grad()
+    for ids in (tokens, tokens + 9):
+        passes.plain(input_ids=ids, labels=ids).loss.backward()
+    for ours, theirs in zip(passes.model.parameters(), passes.plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("further", [{"output_attentions": False}, {"position_ids": torch.arange(8).expand(4, 8)}])
 def test_other_arguments_are_another_pass(passes, further):
     assert [passes.run(**further) for _ in range(3)] == [False, False, True]
     assert passes.run()
 
 
 def test_other_shapes_are_another_pass(passes):
-    assert not passes.run(torch.arange(5.0))
-    assert not passes.run(torch.arange(8.0)[::2])
+    assert not passes.run(length=9)
+
+
+def test_more_microbatches_of_the_same_shape_are_the_same(passes):
+    passes.calls.num_microbatches = 4
+    assert passes.run(rows=8)
+
+
+def test_microbatches_of_different_shapes_run_as_ever(passes):
+    assert not any(passes.run(rows=5) for _ in range(4))
 
 
 def test_only_so_many_are_recorded(passes):
-    for size in range(5, 8):
-        assert [passes.run(torch.arange(float(size))) for _ in range(3)] == [False, False, True]
-    assert not any(passes.run(torch.arange(9.0)) for _ in range(4))
+    for length in range(5, 8):
+        assert [passes.run(length=length) for _ in range(3)] == [False, False, True]
+    assert not any(passes.run(length=9) for _ in range(4))
     assert passes.run()
-
-
-def change(name: str) -> Any:
-    def to(model: Toy) -> None:
-        if name == "weight":
-            model.weight.data = torch.tensor(5.0)
-        elif name == "requires_grad":
-            model.weight.requires_grad_(False)
-        elif name == "attribute":
-            model.child.p = 0.5
-        elif name == "training":
-            model.child.eval()
-        elif name == "config":
-            model.config._attn_implementation = "eager"
-        elif name == "forward":
-            model.child.forward = lambda x: x
-        elif name == "module":
-            model.child = nn.Identity()
-        elif name == "buffer":
-            model.register_buffer("shift", torch.zeros(1))
-
-    return to
+    for length in range(10, 30):
+        passes.run(length=length)
+    assert len(passes.recorder._passes) == 16
 
 
 @pytest.mark.parametrize(
     "name", ["weight", "requires_grad", "attribute", "training", "config", "forward", "module", "buffer"]
 )
 def test_what_a_pass_depends_on_is_not_replayed_once_it_changes(passes, name):
-    change(name)(passes.model)
+    passes.change(name)
     assert not passes.run()
 
 
-def test_autocast_is_another_pass(passes):
-    with torch.autocast("cpu", torch.bfloat16):
+def test_modes_of_torch_are_another_pass(passes):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
         assert not passes.run()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert passes.run()
+    tokens = torch.zeros(4, 8, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        passes.loss(tokens)
+    assert not passes.recorder.has_replayed
 
 
 @pytest.mark.parametrize(
@@ -144,27 +177,41 @@ def test_autocast_is_another_pass(passes):
         lambda module: module.register_forward_hook(lambda *_: None),
         lambda module: module.register_forward_pre_hook(lambda *_: None),
         lambda module: module.register_full_backward_hook(lambda *_: None),
+        lambda _: nn.modules.module.register_module_forward_hook(lambda *_: None),
     ],
 )
 def test_hooks_of_the_user_run_in_every_pass(passes, install):
-    handle = install(passes.model.child)
-    assert not any(passes.run() for _ in range(4))
-    handle.remove()
+    handle = install(passes.model.model.norm)
+    try:
+        assert not any(passes.run() for _ in range(4))
+    finally:
+        handle.remove()
     assert [passes.run() for _ in range(3)][-1]
 
 
 def test_what_cannot_be_recorded_runs_as_ever_and_says_so():
     passes = Passes()
-    passes.model.is_bad = True
+    passes.recorder.is_bad = True
     with pytest.warns(UserWarning, match="not recorded as CUDA graphs: it looked at a value$"):
         assert not any(passes.run() for _ in range(5))
 
 
-@pytest.mark.parametrize("sizes", [("cpu", 1, "replicate"), ("cuda", 2, "replicate"), ("cuda", 1, "fully_shard")])
-def test_where_there_are_no_recordings(sizes):
-    with pytest.raises(ConfigurationError, match=rf"cuda_graphs=True on {sizes[0]} with pp={sizes[1]}.*leave it out"):
-        check_recordable(*sizes)
-    check_recordable("cuda", 1, "replicate")
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(())], ids=["python", "torch"])
+def test_a_model_that_draws_on_the_host_is_not_recorded(draw):
+    """What it decides with such a number would be decided once for all."""
+    passes = Passes()
+    for model in (passes.model, passes.plain):
+        plain = model.model.norm.forward
+        model.model.norm.forward = lambda x, plain=plain: (draw(), plain(x))[1]
+    with pytest.warns(UserWarning, match="the model draws random numbers on the host"):
+        assert not any(passes.run() for _ in range(5))
+
+
+@pytest.mark.parametrize("where", [("cpu", "replicate"), ("cuda", "fully_shard")])
+def test_where_there_are_no_recordings(where):
+    with pytest.raises(ConfigurationError, match=rf"cuda_graphs=True on {where[0]} with data_parallel.*leave it out"):
+        check_recordable(*where)
+    check_recordable("cuda", "replicate")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ NAMES = {
     "transformers.models.gpt_oss.modeling_gpt_oss: GptOssExperts._apply_gate": "how gate and up lie in fused experts",
     "transformers.masking_utils: find_packed_sequence_indices": "changed in passes whose answer is known",
     "transformers.masking_utils: is_tracing": "changed while a CUDA graph is recorded",
+    "torch.nn.modules.module: _has_any_global_hook": "passes that somebody watches are not recorded",
     "torch.nn.modules.module: Module._apply": "overridden: replicas that share weights move together",
     "torch.nn.modules.module: Module._buffers": "buffers that are filled anew",
     "torch.nn.modules.module: Module._forward_hooks": "modules with hooks cannot be cut",
