@@ -87,8 +87,7 @@ def parallelize(
             it were a multiple of 64, for which GPUs are faster. (Shards of a vocabulary always are.)
         overlap_microbatches: With tp > 1 and pp=1, run the forward of a microbatch beside the backward of the one
             before: one computes while the other communicates. torch reserves up to twice the memory for activations.
-        cuda_graphs: On GPUs, record forwards and backwards of training as CUDA graphs, and replay those; see
-            `cuda_graphs/`.
+        cuda_graphs: On GPUs, record forwards and backwards as CUDA graphs, and replay those; see `cuda_graphs/`.
         data_parallel: What replicas hold: "replicate", each everything; "fully_shard", each a part of the weights,
             gradients and optimizer state, gathered while a pass runs (FSDP2 over the dp axis).
         plan: How to cut modules that are not cut right by themselves: pattern of module names -> `Region`, or None for

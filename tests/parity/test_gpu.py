@@ -1,6 +1,12 @@
-"""The same parity on real GPUs with NCCL: pytest -m gpu tests/parity/test_gpu.py on a machine with two of them."""
+"""The same parity on real GPUs with NCCL: pytest -m gpu tests/parity/test_gpu.py on a machine with one or two of them.
+
+On a single GPU both ranks share it; NCCL, which takes them for different machines then, carries messages over sockets.
+"""
 
 import itertools
+import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +38,30 @@ DROPOUT = [
 ]
 RECOMPUTED = [Job(job.model, job.sizes, True, job.sequence_parallel) for job in DROPOUT]
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+TP, PP, COMPILED, RECORDED = {"tp": 2}, {"pp": 2}, {"compile": True}, {"cuda_graphs": True}
+LANES = {"overlap_microbatches": True}
+WAYS = [
+    [TP, TP | LANES, TP | RECORDED, TP | LANES | RECORDED],
+    [TP | {"sequence_parallel": True}, TP | {"sequence_parallel": True} | RECORDED],
+    [PP, PP | RECORDED],
+    [TP | COMPILED, TP | COMPILED | RECORDED, TP | COMPILED | LANES | RECORDED],
+    [PP | COMPILED, PP | COMPILED | RECORDED],
+]
+"""What differs within a group must not change a bit."""
+
+has_gpu = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU")
+
+
+def on_gpus(body: Callable[..., Any], *args: Any, timeout: float = 200.0) -> list[Any]:
+    """What `body` returns on two ranks."""
+    return run_ranks(_placed, 2, body, *args, init=False, timeout=timeout)
+
+
+def _placed(body: Callable[..., Any], *args: Any) -> Any:
+    if torch.cuda.device_count() == 1:
+        own = {"LOCAL_RANK": "0", "NCCL_HOSTID": f"host{os.environ['RANK']}", "NCCL_SOCKET_IFNAME": "lo"}
+        os.environ.update(own, NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1", NCCL_IB_DISABLE="1")
+    return body(*args)
 
 
 def run_cases() -> list[object]:
@@ -40,43 +69,42 @@ def run_cases() -> list[object]:
 
 
 @pytest.mark.gpu
-@two_gpus
-def test_two_gpus_equal_one_process() -> None:
-    """Float32 on two GPUs over NCCL against the same run on the CPU."""
-    ranks = run_ranks(run_cases, 2, init=False, timeout=70.0)
+@has_gpu
+def test_two_ranks_equal_one_process() -> None:
+    """Float32 on GPUs over NCCL against the same run on the CPU."""
+    ranks = on_gpus(run_cases)
     for index, case in enumerate(CASES):
         assert_equal(case, run_single(case), [results[index] for results in ranks])
 
 
 @pytest.mark.gpu
-@two_gpus
-def test_lanes_and_recordings_change_no_bit() -> None:
-    """Steps of two lengths, one of them accumulated: the passes of the longer are recorded, and replayed."""
-    lanes, graphs = {"overlap_microbatches": True}, {"cuda_graphs": True}
-    ways = [{}, lanes, graphs, lanes | graphs]
-    for results in run_ranks(train_in_all_ways, 2, ways, init=False, timeout=100.0):
+@has_gpu
+@pytest.mark.parametrize("ways", WAYS, ids=lambda ways: "+".join(ways[0]))
+def test_lanes_and_recordings_change_no_bit(ways: list[dict[str, Any]]) -> None:
+    """Steps of two lengths, one of them accumulated: microbatches of the longer are recorded, and replayed."""
+    for results in on_gpus(train_in_all_ways, ways):
         steps, weights, _ = results[0]
-        assert [recordings for *_, recordings in results] == [None, None, 1, 1]
-        for others in results[1:]:
-            assert others[0] == steps
-            assert all(torch.equal(one, other) for one, other in zip(weights, others[1], strict=True))
+        for way, others in zip(ways, results, strict=True):
+            assert others[2] == (1 if "cuda_graphs" in way else None), way
+            assert others[0] == steps, way
+            assert all(torch.equal(one, other) for one, other in zip(weights, others[1], strict=True)), way
 
 
 @pytest.mark.gpu
-@two_gpus
+@has_gpu
 def test_dropout_keeps_replicated_parameters_identical() -> None:
     """Ten steps; `join` asserts that what is replicated over tp or tied over stages is the same bit for bit."""
-    ranks = run_ranks(train_with_dropout, 2, DROPOUT + RECOMPUTED, init=False, timeout=100.0)
+    ranks = on_gpus(train_with_dropout, DROPOUT + RECOMPUTED)
     for index in range(len(DROPOUT + RECOMPUTED)):
         for weight in join([rank[index] for rank in ranks], "weights").values():
             assert weight.isfinite().all()
 
 
 @pytest.mark.gpu
-@two_gpus
+@has_gpu
 def test_dropout_masks() -> None:
     """The same on replicated activations, different inside regions; recomputation repeats loss and gradients."""
-    ranks = run_ranks(one_pass, 2, DROPOUT + RECOMPUTED, init=False, timeout=100.0)
+    ranks = on_gpus(one_pass, DROPOUT + RECOMPUTED)
     first, second = ranks
     for index, job in enumerate(DROPOUT):
         for rank in ranks:

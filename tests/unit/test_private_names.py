@@ -55,6 +55,7 @@ NAMES = {
     "torch.nn.modules.module: Module._parameters": "parameters by name",
     "torch.nn.modules.module: Module._save_to_state_dict": "overridden: the residual of the norm is in no checkpoint",
     "torch: _foreach_add_": "sums of gradients in few kernels",
+    "torch: _foreach_zero_": "the same",
     "torch: Tensor._backward_hooks": "kept from the backwards inside a pass",
     "torch.autograd: Variable._execution_engine": "queue_callback: what follows the last gradient",
     "torch.nn.modules.dropout: _DropoutNd": "all kinds of dropout",
