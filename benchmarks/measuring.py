@@ -60,9 +60,11 @@ def measure(
         dist.init_process_group(backend, device_id=device if backend == "nccl" else None, timeout=timedelta(minutes=5))
     dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
     contestant = kind(Setting(workload, device, dtype, int(os.environ["RANK"]), on_meta, compile_backend))
-    # Without the others' sums training would diverge, and products of NaN take less time.
-    optimizer = optimizer_of(contestant.parameters(), device, 0.0 if alone else 1e-4)
+    optimizer = optimizer_of(contestant.parameters(), device)
     tokens = workload.tokens(device)
+    if alone:
+        # Tokens of other ranks would be embedded as zeros, whose norms make gradients overflow.
+        tokens %= workload.vocabulary // kind.world_size
     gc.collect()
     if device_type == "cuda":
         torch.cuda.empty_cache()

@@ -114,8 +114,8 @@ TINY: dict[str, Any] = {
 """A workload that a CPU trains in no time."""
 
 
-def optimizer_of(parameters: list[nn.Parameter], device: torch.device, rate: float) -> torch.optim.Optimizer:
+def optimizer_of(parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """AdamW, fused on a GPU; DTensors and plain tensors, which cannot be fused together, are groups of their own."""
     kinds = sorted({type(parameter.data) for parameter in parameters}, key=str)
     groups = [[parameter for parameter in parameters if type(parameter.data) is kind] for kind in kinds]
-    return torch.optim.AdamW([{"params": group} for group in groups], lr=rate, fused=device.type == "cuda")
+    return torch.optim.AdamW([{"params": group} for group in groups], lr=1e-4, fused=device.type == "cuda")
