@@ -19,16 +19,17 @@ from hf_tpp.checkpoint.huggingface import SafetensorsCheckpoint, resolve_checkpo
 from hf_tpp.checkpoint.source import InitialWeights, LoadedWeights, WeightSource
 from hf_tpp.collectives.agreement import agree_on, checksum, text_hash
 from hf_tpp.collectives.p2p import StageLinks
-from hf_tpp.compilation import CompiledBlocks, CompileOptions, compile_options
-from hf_tpp.cuda_graphs import StageRecorder, check_recordable
-from hf_tpp.data_parallel import DATA_PARALLEL, check_shardable, replicas_of
+from hf_tpp.compilation import CompiledBlocks, CompileOptions
+from hf_tpp.cuda_graphs import StageRecorder
+from hf_tpp.data_parallel import replicas_of
 from hf_tpp.dropout import DropoutStreams
-from hf_tpp.errors import AlreadyParallelError, ConfigurationError, HfTppError
-from hf_tpp.integrations import activate, check_classes
-from hf_tpp.mesh import ParallelMesh, check_world, control_group, initialize_distributed, local_device
+from hf_tpp.errors import ConfigurationError, HfTppError
+from hf_tpp.integrations import activate
+from hf_tpp.mesh import ParallelMesh, control_group, default_device_type, initialize_distributed, local_device
+from hf_tpp.options import World, check_options, with_defaults
 from hf_tpp.parallel_model import ParallelState, install, parallel_state
 from hf_tpp.pipeline_parallel.flow import StageFlow
-from hf_tpp.pipeline_parallel.lanes import Lanes, check_overlap
+from hf_tpp.pipeline_parallel.lanes import Lanes
 from hf_tpp.pipeline_parallel.loss_note import LossNote, counts_tokens
 from hf_tpp.pipeline_parallel.rehearsal import Rehearsal
 from hf_tpp.pipeline_parallel.runner import PipelineRunner
@@ -56,8 +57,8 @@ def parallelize(
     sequence_parallel: bool = False,
     compile: bool | CompileOptions | None = None,
     align_vocabulary: bool = True,
-    overlap_microbatches: bool = False,
-    cuda_graphs: bool = False,
+    overlap_microbatches: bool | None = None,
+    cuda_graphs: bool | None = None,
     data_parallel: str = "replicate",
     plan: UserPlan | None = None,
     checkpoint: Any = None,
@@ -82,12 +83,13 @@ def parallelize(
         stages: Layers per stage; default: balanced by cost, the head included.
         sequence_parallel: Cut hidden states along the sequence between the tensor-parallel regions.
         compile: Train the blocks, one by one, through `torch.compile`: True, or its options in a dictionary, such as
-            {"backend": "aot_eager"} or {"dynamic": True} (for sequences of many lengths). Default: no.
+            {"backend": "aot_eager"} or {"dynamic": True} (for sequences of many lengths). Default: on GPUs.
         align_vocabulary: With tp=1, compute the products of a head over a large vocabulary of an odd size (50257) as if
             it were a multiple of 64, for which GPUs are faster. (Shards of a vocabulary always are.)
         overlap_microbatches: With tp > 1 and pp=1, run the forward of a microbatch beside the backward of the one
-            before: one computes while the other communicates. torch reserves up to twice the memory for activations.
+            before: one computes while the other communicates. Two microbatches are in memory. Default: on GPUs.
         cuda_graphs: On GPUs, record forwards and backwards as CUDA graphs, and replay those; see `cuda_graphs/`.
+            Default: yes, where a pass can be recorded.
         data_parallel: What replicas hold: "replicate", each everything; "fully_shard", each a part of the weights,
             gradients and optimizer state, gathered while a pass runs (FSDP2 over the dp axis).
         plan: How to cut modules that are not cut right by themselves: pattern of module names -> `Region`, or None for
@@ -123,7 +125,7 @@ def parallelize(
     device_type = None if device is None else torch.device(device).type
     world_size = initialize_distributed(device_type, timeout)
     control = control_group()
-    options = {
+    options: dict[str, Any] = {
         "tp": tp,
         "pp": pp,
         "num_microbatches": num_microbatches,
@@ -141,16 +143,18 @@ def parallelize(
         "verify": verify,
         "patch": patch,
     }
-    assembly, source, verify = _decide(model, world_size, options, checkpoint, device, control)
+    world = World(device_type or default_device_type(), tp, pp, world_size)
+    options = with_defaults(options, world)
+    assembly, source, verify = _decide(model, world, options, checkpoint, control)
     mesh = ParallelMesh.create(tp, pp, torch.device(device) if device else local_device(), control)
     verification = BlockVerification.capture(assembly) if verify else None
     weights: WeightSource = source or _weights_of(model, assembly, seed)
     calls, specs = _build(assembly, mesh, weights, data_parallel)
     calls.num_microbatches, calls.eval_logits, calls.train_logits = num_microbatches, eval_logits, train_logits
-    calls.compiled_blocks.compile(compile)
-    if overlap_microbatches:
+    calls.compiled_blocks.compile(options["compile"])
+    if options["overlap_microbatches"]:
         calls.runner.lanes = Lanes(mesh)
-    if cuda_graphs:
+    if options["cuda_graphs"]:
         calls.recorder = StageRecorder(model, calls.runner)
     num_bytes = sum(local_part(parameter.detach()).nbytes for parameter in model.parameters())
     report = describe(type(model).__name__, assembly.stages, mesh, specs, num_bytes)
@@ -166,31 +170,21 @@ def parallelize(
 
 
 def _decide(
-    model: nn.Module, world_size: int, options: Mapping[str, Any], checkpoint: Any, device: Any, control: Any
+    model: nn.Module, world: World, options: Mapping[str, Any], checkpoint: Any, control: Any
 ) -> tuple[Assembly, WeightSource | None, bool]:
     """Take all decisions together with the other ranks, before anything is changed; `options` are the user's."""
-    tp, pp, plan, num_microbatches = (options[name] for name in ("tp", "pp", "plan", "num_microbatches"))
+    plan: UserPlan | None = options["plan"]
     assembly: Assembly | None = None
     source: WeightSource | None = None
     problem: HfTppError | None = None
     verify = bool(options["verify"])
     try:
-        _check_arguments(model, num_microbatches, options["data_parallel"])
-        compile_options(options["compile"])
-        if options["overlap_microbatches"]:
-            check_overlap(tp, pp, options["data_parallel"])
-        if options["cuda_graphs"]:
-            check_recordable(torch.device(device or local_device()).type, options["data_parallel"])
-        if check_world(world_size, tp, pp) > 1 and options["data_parallel"] == "fully_shard":
-            check_shardable(model)
-        if options["patch"]:
-            check_classes()
+        check_options(model, options, world)
         tie_on_meta(model)
         chosen = {name: options[name] for name in ("stages", "sequence_parallel", "plan", "align_vocabulary")}
-        assembly = Assembly.check(model, tp, pp, **chosen, is_alone=world_size == 1)
+        assembly = Assembly.check(model, world.tp, world.pp, **chosen, is_alone=world.size == 1)
         if options["verify"] is None:
-            verify = tp * pp > 1 and _should_verify(assembly, plan)
-        _check_loss(model, num_microbatches, world_size // (tp * pp))
+            verify = world.tp * world.pp > 1 and _should_verify(assembly, plan)
         if verify:
             BlockVerification.check(model)
         if checkpoint is not None:
@@ -254,33 +248,6 @@ def _build(
         fewest_padded_rows=fewest_rows,
     )
     return calls, specs
-
-
-def _check_arguments(model: nn.Module, num_microbatches: int | None, data_parallel: str) -> None:
-    if parallel_state(model) is not None:
-        raise AlreadyParallelError(
-            f"this {type(model).__name__} is parallel already: call parallelize() once, on a freshly loaded model"
-        )
-    if num_microbatches is not None and (not isinstance(num_microbatches, int) or num_microbatches < 1):
-        raise ConfigurationError(f"num_microbatches={num_microbatches!r}: use a positive whole number, or None")
-    if data_parallel not in DATA_PARALLEL:
-        raise ConfigurationError(f"data_parallel={data_parallel!r}: use {' or '.join(map(repr, DATA_PARALLEL))}")
-
-
-def _check_loss(model: nn.Module, num_microbatches: int | None, dp_size: int) -> None:
-    if counts_tokens(model):
-        return
-    takes = f"{type(model).__name__} takes the mean loss over what it is given"
-    if num_microbatches not in (None, 1):
-        raise ConfigurationError(
-            f"{takes}, so that a batch cannot be cut into num_microbatches={num_microbatches}: use "
-            f"num_microbatches=1, and accumulate gradients"
-        )
-    if dp_size > 1:
-        raise ConfigurationError(
-            f"{takes}, and {dp_size} replicas may have different numbers of tokens: use tp x pp processes, so that "
-            f"there is one replica, and accumulate gradients"
-        )
 
 
 def _should_verify(assembly: Assembly, plan: UserPlan | None) -> bool:

@@ -18,17 +18,22 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
-from hf_tpp.errors import ConfigurationError
+from hf_tpp.errors import ConfigurationError, first_line
 from hf_tpp.pipeline_parallel.cache import find_cache
 from hf_tpp.tensor_parallel.loss import VocabParallelCausalLMLoss
 from hf_tpp.tensor_parallel.loss_arithmetic import PLAIN, LossArithmetic
 from hf_tpp.tensor_parallel.region import RegionState
 
-__all__ = ["CompileOptions", "CompiledBlocks", "compile_options"]
+__all__ = ["AUTOMATIC", "CompileOptions", "CompiledBlocks", "compile_options"]
 
 CompileOptions = Mapping[str, Any]
 """Keyword arguments of `torch.compile`."""
+
+AUTOMATIC: CompileOptions = {"dynamic": None}
+"""Where nobody asked for it: the first shape is compiled as it is, from the second on for any; what cannot be compiled
+runs plain, without a word where that is known beforehand."""
 
 _OPTIONS = ("backend", "mode", "options", "dynamic", "fullgraph")
 
@@ -91,6 +96,7 @@ class CompiledBlocks:
         self._regions = regions
         self._loss = loss if isinstance(loss, VocabParallelCausalLMLoss) else None
         self._reasons: set[str] = set()
+        self._is_automatic = False
 
     def compile(self, wanted: bool | CompileOptions | None) -> None:
         """Compile the blocks when they are next trained, in this way instead of an earlier one.
@@ -102,6 +108,7 @@ class CompiledBlocks:
             ConfigurationError: There is no such option or backend, or what it does is not known to be exact.
         """
         self.options = compile_options(wanted)
+        self._is_automatic = wanted is AUTOMATIC
         if self.options is None:
             return
         # A graph is shared by blocks, of which one may have hooks inside and another none: torch must look at that.
@@ -118,12 +125,23 @@ class CompiledBlocks:
         self, block: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]
     ) -> Callable[..., Any]:
         """Compiled in training, and in what its backwards compute again; else, as in generation, shapes vary."""
+        has_failed = False
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal has_failed
             is_trained = block.training and torch.is_grad_enabled()
-            chosen = compiled if is_trained and not self._must_be_plain((*args, *kwargs.values())) else plain
-            return chosen(*args, **kwargs)
+            if not is_trained or has_failed or self._must_be_plain((*args, *kwargs.values())):
+                return plain(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                if not self._is_automatic:
+                    raise
+                has_failed = True
+                self._warn(f"torch.compile failed: {first_line(error)} (compile=False does not try, True raises this)")
+
+                return plain(*args, **kwargs)
 
         return forward
 
@@ -140,7 +158,11 @@ class CompiledBlocks:
         return False
 
     def _warned(self, reason: str) -> bool:
+        if not self._is_automatic:
+            self._warn(reason)
+        return True
+
+    def _warn(self, reason: str) -> None:
         if reason not in self._reasons:
             self._reasons.add(reason)
             warnings.warn(f"blocks run uncompiled, since {reason}", stacklevel=4)
-        return True

@@ -60,3 +60,8 @@ class ParityError(HfTppError, RuntimeError):
 
 class ScheduleError(HfTppError, RuntimeError):
     """A schedule that is incomplete, out of order, or would hang."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, or its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

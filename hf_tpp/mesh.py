@@ -21,7 +21,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hf_tpp.errors import ConfigurationError
 
-__all__ = ["Axis", "ParallelMesh", "check_world", "control_group", "initialize_distributed", "local_device"]
+__all__ = [
+    "Axis",
+    "ParallelMesh",
+    "check_world",
+    "control_group",
+    "default_device_type",
+    "initialize_distributed",
+    "local_device",
+]
 
 Group = dist.ProcessGroup
 SECONDS_TO_LET_GO = 0.2  # a thread of a group needs microseconds; with more processes than cores, longer
@@ -99,11 +107,15 @@ def _end_distributed() -> None:
     time.sleep(SECONDS_TO_LET_GO)
 
 
+def default_device_type() -> str:
+    """The kind of device that the ranks of this job use unless they are told otherwise."""
+    uses_nccl = not dist.is_initialized() or "nccl" in dist.get_backend_config()
+    return "cuda" if torch.cuda.is_available() and uses_nccl else "cpu"
+
+
 def local_device(device_type: str | None = None) -> torch.device:
     """The device of this rank: its own GPU (by LOCAL_RANK) or the CPU."""
-    if device_type is None:
-        uses_nccl = not dist.is_initialized() or "nccl" in dist.get_backend_config()
-        device_type = "cuda" if torch.cuda.is_available() and uses_nccl else "cpu"
+    device_type = device_type or default_device_type()
     if device_type != "cuda":
         return torch.device(device_type)
     index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))

@@ -31,11 +31,17 @@ def training_call(context: CallContext, batch: dict[str, Any]) -> Any:
     Raises:
         BatchError: The batch cannot be run exactly.
         RankMismatchError: Ranks of one replica were given different batches, or one replica labels and another none.
+        OutOfMemoryError: With a note, where less memory would do.
     """
     return_dict = batch.pop("return_dict", True)
     has_labels = "labels" in batch
     training = prepare_training(context, batch, has_loss=has_labels)
-    output: Any = _whole_pass(context, training) if has_labels else _logits(context, training)
+    try:
+        output: Any = _whole_pass(context, training) if has_labels else _logits(context, training)
+    except torch.OutOfMemoryError as error:
+        if context.runner.lanes is not None:
+            error.add_note("hf_tpp had two microbatches in memory: parallelize(overlap_microbatches=False) has one")
+        raise
     return output if return_dict else output.to_tuple()
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_tpp.cuda_graphs.recording import Captured, RecordedPass, Slot
 from hf_tpp.cuda_graphs.state import has_foreign_hooks, host_generators, shape_of, state_of
-from hf_tpp.errors import ConfigurationError
+from hf_tpp.errors import ConfigurationError, first_line
 from hf_tpp.pipeline_parallel.lanes import HeldLeaves
 from hf_tpp.pipeline_parallel.payload import Payload
 from hf_tpp.pipeline_parallel.runner import PipelineRunner, ReadOut
@@ -121,7 +121,7 @@ class StageRecorder:
                 with nullcontext() if lanes is None else lanes.placed(index):
                     slot.record(functools.partial(self._capture, index))
         except RuntimeError as error:
-            self._fail(_first_line(error))
+            self._fail(first_line(error))
             return None
         self._recordings[key] = slots
         return slots
@@ -191,7 +191,3 @@ def check_recordable(device_type: str, data_parallel: str) -> None:
             f"cuda_graphs=True on {device_type} with data_parallel={data_parallel!r}: only passes with replicated "
             f"weights on GPUs are recorded (data_parallel='replicate'); leave it out"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from hf_tpp.cuda_graphs import StageRecorder
 from hf_tpp.parallel_model import parallel_state
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-LENGTHS = (32, 32, 32, 32, 16, 32, 32, 32)
+LENGTHS = (32, 32, 32, 16, 32, 32)
 VOCABULARY = 512
 
 
@@ -35,10 +35,10 @@ class Repeater(StageRecorder):
 
 
 def train(options: dict[str, Any]) -> tuple[list[tuple[float, float]], list[torch.Tensor], int | None]:
-    """Body of a rank: losses and norms of some steps, the weights, and how many kinds of passes were recorded."""
+    """Body of a rank: losses and norms of some steps, the weights, and kinds of passes recorded."""
     options = dict(options)
-    repeats = options.pop("repeats", False)
-    config = LlamaConfig(**SIZES, num_hidden_layers=4, vocab_size=VOCABULARY, max_position_embeddings=128)
+    repeats, layers = options.pop("repeats", False), options.pop("layers", 4)
+    config = LlamaConfig(**SIZES, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=128)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train()
     options = {"num_microbatches": 5, "verbose": False, **options}
@@ -50,10 +50,10 @@ def train(options: dict[str, Any]) -> tuple[list[tuple[float, float]], list[torc
     steps = []
     for index, length in enumerate(LENGTHS):
         generator = torch.Generator().manual_seed(index)
-        tokens = torch.randint(0, VOCABULARY, (10, length), generator=generator)
+        tokens = torch.randint(0, VOCABULARY, (2 * options["num_microbatches"], length), generator=generator)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        if index == 6:  # accumulated; the loss before still has its graph
+        if index == 4:  # accumulated; the loss before still has its graph
             model(input_ids=tokens.flip(0), labels=tokens.flip(0)).loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

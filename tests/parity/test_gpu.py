@@ -40,6 +40,7 @@ RECOMPUTED = [Job(job.model, job.sizes, True, job.sequence_parallel) for job in 
 
 TP, PP, COMPILED, RECORDED = {"tp": 2}, {"pp": 2}, {"compile": True}, {"cuda_graphs": True}
 LANES = {"overlap_microbatches": True}
+PLAIN: dict[str, Any] = {"compile": False, "cuda_graphs": False, "overlap_microbatches": False}
 WAYS = [
     [TP, TP | LANES, TP | RECORDED, TP | LANES | RECORDED],
     [TP | {"sequence_parallel": True}, TP | {"sequence_parallel": True} | RECORDED],
@@ -82,7 +83,8 @@ def test_two_ranks_equal_one_process() -> None:
 @pytest.mark.parametrize("ways", WAYS, ids=lambda ways: "+".join(ways[0]))
 def test_lanes_and_recordings_change_no_bit(ways: list[dict[str, Any]]) -> None:
     """Steps of two lengths, one of them accumulated: microbatches of the longer are recorded, and replayed."""
-    for results in on_gpus(train_in_all_ways, ways):
+    small = {"layers": 2, "num_microbatches": 3}
+    for results in on_gpus(train_in_all_ways, [small | PLAIN | way for way in ways]):
         steps, weights, _ = results[0]
         for way, others in zip(ways, results, strict=True):
             assert others[2] == (1 if "cuda_graphs" in way else None), way

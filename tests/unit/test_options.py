@@ -1,0 +1,91 @@
+"""What `parallelize` does where the user leaves it the choice."""
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from hf_tpp.compilation import AUTOMATIC, CompiledBlocks
+from hf_tpp.options import World, with_defaults
+
+OPEN = {"compile": None, "cuda_graphs": None, "overlap_microbatches": None, "data_parallel": "replicate"}
+OFF = {"compile": False, "cuda_graphs": False, "overlap_microbatches": False}
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton")
+
+
+@pytest.mark.parametrize(
+    ("world", "overlaps"),
+    [(World("cuda", 2, 1, 4), True), (World("cuda", 1, 2, 2), False), (World("cuda", 2, 2, 4), False)],
+    ids=["tp", "pp", "tp-pp"],
+)
+def test_gpus_take_the_fast_path(world, overlaps, triton):
+    expected = {"compile": AUTOMATIC, "cuda_graphs": True, "overlap_microbatches": overlaps}
+    assert with_defaults(OPEN, world) == OPEN | expected
+
+
+def test_weights_that_replicas_share_are_not_recorded(triton):
+    options = OPEN | {"data_parallel": "fully_shard"}
+    assert with_defaults(options, World("cuda", 2, 1, 4)) == options | OFF | {"compile": AUTOMATIC}
+
+
+def test_without_triton_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert with_defaults(OPEN, World("cuda", 2, 1, 2))["compile"] is False
+
+
+@pytest.mark.parametrize("world", [World("cpu", 2, 2, 4), World("cuda", 1, 1, 1)], ids=["cpu", "one"])
+def test_cpus_and_single_processes_do_not(world, triton):
+    assert with_defaults(OPEN, world) == OPEN | OFF
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_what_the_user_says_stands(value, triton):
+    for world in (World("cuda", 2, 1, 2), World("cpu", 1, 2, 2)):
+        options = OPEN | dict.fromkeys(OFF, value)
+        assert with_defaults(options, world) == options
+
+
+class Failing:
+    """A torch.compile that cannot generate code."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(torch, "compile", lambda function, **_: self.fail)
+        self.count = 0
+
+    def fail(self, *_: Any) -> Any:
+        self.count += 1
+        raise TorchDynamoException("no compiler\nat all")
+
+
+def blocks_of(wanted: Any, draws: bool = False) -> nn.Module:
+    block = nn.Linear(2, 2)
+    regions: Any = SimpleNamespace(streams=SimpleNamespace(active=draws), group=object(), sequence_parallel=False)
+    CompiledBlocks([block], regions).compile(wanted)
+    return block
+
+
+def test_what_cannot_be_compiled_runs_plain_unless_it_was_asked_for(monkeypatch):
+    failing = Failing(monkeypatch)
+    with pytest.raises(TorchDynamoException):
+        blocks_of(True)(torch.ones(2))
+    block = blocks_of(AUTOMATIC)
+    with pytest.warns(UserWarning, match="blocks run uncompiled, since torch.compile failed: no compiler "):
+        results = [block(torch.ones(2)) for _ in range(3)]
+    assert failing.count == 2
+    assert torch.equal(results[0], nn.functional.linear(torch.ones(2), block.weight, block.bias))
+
+
+def test_what_is_known_to_run_plain_says_so_only_where_it_was_asked_for():
+    with pytest.warns(UserWarning, match="dropout is on"):
+        blocks_of(True, draws=True)(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        blocks_of(AUTOMATIC, draws=True)(torch.ones(2))
