@@ -140,7 +140,6 @@ class CompiledBlocks:
                     raise
                 has_failed = True
                 self._warn(f"torch.compile failed: {first_line(error)} (compile=False does not try, True raises this)")
-
                 return plain(*args, **kwargs)
 
         return forward

@@ -83,7 +83,8 @@ def test_what_cannot_be_compiled_runs_plain_unless_it_was_asked_for(monkeypatch)
     assert torch.equal(results[0], nn.functional.linear(torch.ones(2), block.weight, block.bias))
 
 
-def test_what_is_known_to_run_plain_says_so_only_where_it_was_asked_for():
+def test_what_is_known_to_run_plain_says_so_only_where_it_was_asked_for(monkeypatch):
+    Failing(monkeypatch)
     with pytest.warns(UserWarning, match="dropout is on"):
         blocks_of(True, draws=True)(torch.ones(2))
     with warnings.catch_warnings():
