@@ -45,7 +45,7 @@ def measure(
     Collective: every rank of the contestant, started with the environment of torchrun.
 
     Returns:
-        Times in seconds, losses of all steps, the peak memory of every rank in bytes, and with `profile` what
+        Times in seconds, losses of all steps, peak memory (allocated, and reserved: graphs count there) of every rank in bytes, and with `profile` what
         `kernels_of` returns.
     """
     kind = load(name)
@@ -90,6 +90,7 @@ def measure(
         "all_step_seconds": times,
         "warmup": warmup,
         "peak_bytes_per_rank": _of_all_ranks(torch.cuda.max_memory_allocated() if device_type == "cuda" else 0),
+        "peak_reserved_bytes_per_rank": _of_all_ranks(torch.cuda.max_memory_reserved() if device_type == "cuda" else 0),
         "losses": losses,
         **({"alone": True} if alone else {}),
     }

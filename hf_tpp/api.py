@@ -57,8 +57,8 @@ def parallelize(
     sequence_parallel: bool = False,
     compile: bool | CompileOptions | None = None,
     align_vocabulary: bool = True,
-    overlap_microbatches: bool | None = None,
-    cuda_graphs: bool | None = None,
+    overlap_microbatches: bool = False,
+    cuda_graphs: bool = False,
     data_parallel: str = "replicate",
     plan: UserPlan | None = None,
     checkpoint: Any = None,
@@ -87,9 +87,8 @@ def parallelize(
         align_vocabulary: With tp=1, compute the products of a head over a large vocabulary of an odd size (50257) as if
             it were a multiple of 64, for which GPUs are faster. (Shards of a vocabulary always are.)
         overlap_microbatches: With tp > 1 and pp=1, run the forward of a microbatch beside the backward of the one
-            before: one computes while the other communicates. Two microbatches are in memory. Default: on GPUs.
+            before: one computes while the other communicates. Two microbatches are in memory.
         cuda_graphs: On GPUs, record forwards and backwards as CUDA graphs, and replay those; see `cuda_graphs/`.
-            Default: yes, where a pass can be recorded.
         data_parallel: What replicas hold: "replicate", each everything; "fully_shard", each a part of the weights,
             gradients and optimizer state, gathered while a pass runs (FSDP2 over the dp axis).
         plan: How to cut modules that are not cut right by themselves: pattern of module names -> `Region`, or None for
@@ -152,9 +151,9 @@ def parallelize(
     calls, specs = _build(assembly, mesh, weights, data_parallel)
     calls.num_microbatches, calls.eval_logits, calls.train_logits = num_microbatches, eval_logits, train_logits
     calls.compiled_blocks.compile(options["compile"])
-    if options["overlap_microbatches"]:
+    if overlap_microbatches:
         calls.runner.lanes = Lanes(mesh)
-    if options["cuda_graphs"]:
+    if cuda_graphs:
         calls.recorder = StageRecorder(model, calls.runner)
     num_bytes = sum(local_part(parameter.detach()).nbytes for parameter in model.parameters())
     report = describe(type(model).__name__, assembly.stages, mesh, specs, num_bytes)

@@ -32,8 +32,8 @@ CompileOptions = Mapping[str, Any]
 """Keyword arguments of `torch.compile`."""
 
 AUTOMATIC: CompileOptions = {"dynamic": None}
-"""Where nobody asked for it: the first shape is compiled as it is, from the second on for any; what cannot be compiled
-runs plain, without a word where that is known beforehand."""
+"""Where nobody asked for it: the first shape is compiled as it is, and a few graphs serve all others; what cannot be
+compiled runs plain, without a word where that is known beforehand."""
 
 _OPTIONS = ("backend", "mode", "options", "dynamic", "fullgraph")
 
@@ -139,6 +139,8 @@ class CompiledBlocks:
                 if not self._is_automatic:
                     raise
                 has_failed = True
+                if self._loss is not None:
+                    self._loss.arithmetic = PLAIN
                 self._warn(f"torch.compile failed: {first_line(error)} (compile=False does not try, True raises this)")
                 return plain(*args, **kwargs)
 

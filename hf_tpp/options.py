@@ -38,21 +38,14 @@ class World:
 
 
 def with_defaults(options: Mapping[str, Any], world: World) -> dict[str, Any]:
-    """`options` with the fastest choice, as far as it was measured, for each that is None.
+    """`options` with what is known to be fastest in place of None.
 
-    On GPUs blocks are compiled, microbatches recorded, and those of a single tensor-parallel stage overlap. On a CPU,
-    where training is tried out, nothing of that; nor for a single process, whose model stays as it is.
+    Blocks are compiled on GPUs; not on a CPU, where training is tried out, nor for a single process, whose model stays
+    as it is.
     """
-    is_fast = world.device_type == "cuda" and world.size > 1
-    compiles = is_fast and importlib.util.find_spec("triton") is not None
-    replicates = options["data_parallel"] == "replicate"
-    defaults = {
-        "compile": AUTOMATIC if compiles else False,
-        "cuda_graphs": is_fast and replicates,
-        "overlap_microbatches": is_fast and replicates and world.tp != 1 and world.pp == 1,
-    }
-    chosen = {name: default for name, default in defaults.items() if options[name] is None}
-    return {**options, **chosen}
+    compiles = world.device_type == "cuda" and world.size > 1 and importlib.util.find_spec("triton") is not None
+    defaults = {"compile": AUTOMATIC if compiles else False}
+    return {**options, **{name: default for name, default in defaults.items() if options[name] is None}}
 
 
 def check_options(model: nn.Module, options: Mapping[str, Any], world: World) -> None:

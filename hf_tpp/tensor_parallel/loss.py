@@ -105,7 +105,7 @@ class VocabParallelCausalLMLoss:
         group: The tensor-parallel group.
 
     Attributes:
-        arithmetic: Plain or compiled.
+        arithmetic: Of training: plain or compiled.
     """
 
     def __init__(self, layout: Layout, group: Group) -> None:
@@ -141,8 +141,9 @@ class VocabParallelCausalLMLoss:
             assert labels is not None
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
+        arithmetic = self.arithmetic if logits.requires_grad else PLAIN
         losses = vocab_parallel_cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), targets, self.layout, self.group, ignore_index, self.arithmetic
+            logits.reshape(-1, logits.shape[-1]), targets, self.layout, self.group, ignore_index, arithmetic
         )
         if num_items_in_batch is None:
             num_items_in_batch = (targets != ignore_index).sum()

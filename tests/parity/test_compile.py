@@ -1,5 +1,6 @@
 """Compiled blocks: training equals one process, and torch compiles what it should and no more."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 import hf_tpp
+from hf_tpp.compilation import AUTOMATIC
 from hf_tpp.errors import ConfigurationError
 from hf_tpp.parallel_model import parallel_state
 from tests.parity.compiled import EAGER, Counts, Trained, Way, both, counted, evaluate_only, run_cases
@@ -92,6 +94,18 @@ def test_each_length_has_a_graph_up_to_the_limit():
         assert compiled.counts == Counts(graphs=3, breaks=0)
 
 
+@pytest.mark.parametrize(
+    "way",
+    [Way("gpt2", pp=2, checkpointing=True), Way("llama_gqa", tp=2, sequence_parallel=True), Way("gpt2", tp=2)],
+    ids=["pp2", "tp2-sp", "tp2"],
+)
+def test_where_nobody_asked_a_few_graphs_serve_all_lengths(way):
+    way = dataclasses.replace(way, lengths=(8, 12, 16, 20, 24, 28, 8))
+    for plain, compiled in compare(way, EAGER | AUTOMATIC):
+        assert compiled.counts == Counts(graphs=3, breaks=0)
+        assert compiled.warnings == plain.warnings
+
+
 def test_masks_are_decided_outside_of_the_blocks():
     """Where nothing is masked but the future, attention gets no mask and takes its fast path, compiled or not."""
     for with_mask in (True, False):
@@ -147,9 +161,11 @@ def test_one_process():
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [Way("gpt2", tp=2), Way("llama_gqa", pp=2, checkpointing=True)], ids=["tp2", "pp2"])
 def test_inductor(way):
-    """Generated code rounds in another order."""
-    for _, compiled in compare(way, True):
-        assert compiled.counts == Counts(graphs=1, breaks=0)
+    """Generated code rounds in another order. The loss is compiled too, where it is: its sums, and its gradient."""
+    ranks = compare(way, True)
+    for rank, (_, compiled) in enumerate(ranks):
+        has_loss = way.tp == 2 or rank == 1
+        assert compiled.counts == Counts(graphs=3 if has_loss else 1, breaks=0)
 
 
 REFUSED: list[tuple[Any, str]] = [

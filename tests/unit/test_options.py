@@ -12,45 +12,31 @@ from torch._dynamo.exc import TorchDynamoException
 from hf_tpp.compilation import AUTOMATIC, CompiledBlocks
 from hf_tpp.options import World, with_defaults
 
-OPEN = {"compile": None, "cuda_graphs": None, "overlap_microbatches": None, "data_parallel": "replicate"}
-OFF = {"compile": False, "cuda_graphs": False, "overlap_microbatches": False}
-
 
 @pytest.fixture
 def triton(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton")
 
 
-@pytest.mark.parametrize(
-    ("world", "overlaps"),
-    [(World("cuda", 2, 1, 4), True), (World("cuda", 1, 2, 2), False), (World("cuda", 2, 2, 4), False)],
-    ids=["tp", "pp", "tp-pp"],
-)
-def test_gpus_take_the_fast_path(world, overlaps, triton):
-    expected = {"compile": AUTOMATIC, "cuda_graphs": True, "overlap_microbatches": overlaps}
-    assert with_defaults(OPEN, world) == OPEN | expected
-
-
-def test_weights_that_replicas_share_are_not_recorded(triton):
-    options = OPEN | {"data_parallel": "fully_shard"}
-    assert with_defaults(options, World("cuda", 2, 1, 4)) == options | OFF | {"compile": AUTOMATIC}
+@pytest.mark.parametrize("world", [World("cuda", 2, 1, 4), World("cuda", 1, 2, 2), World("cuda", 1, 1, 2)])
+def test_blocks_are_compiled_on_gpus(world, triton):
+    assert with_defaults({"compile": None, "tp": 2}, world) == {"compile": AUTOMATIC, "tp": 2}
 
 
 def test_without_triton_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert with_defaults(OPEN, World("cuda", 2, 1, 2))["compile"] is False
+    assert with_defaults({"compile": None}, World("cuda", 2, 1, 2)) == {"compile": False}
 
 
 @pytest.mark.parametrize("world", [World("cpu", 2, 2, 4), World("cuda", 1, 1, 1)], ids=["cpu", "one"])
-def test_cpus_and_single_processes_do_not(world, triton):
-    assert with_defaults(OPEN, world) == OPEN | OFF
+def test_nothing_is_compiled_on_cpus_and_for_single_processes(world, triton):
+    assert with_defaults({"compile": None}, world) == {"compile": False}
 
 
-@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("value", [True, False, {"dynamic": True}])
 def test_what_the_user_says_stands(value, triton):
     for world in (World("cuda", 2, 1, 2), World("cpu", 1, 2, 2)):
-        options = OPEN | dict.fromkeys(OFF, value)
-        assert with_defaults(options, world) == options
+        assert with_defaults({"compile": value}, world) == {"compile": value}
 
 
 class Failing:
