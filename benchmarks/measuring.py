@@ -45,8 +45,8 @@ def measure(
     Collective: every rank of the contestant, started with the environment of torchrun.
 
     Returns:
-        Times in seconds, losses of all steps, peak memory (allocated, and reserved: graphs count there) of every rank in bytes, and with `profile` what
-        `kernels_of` returns.
+        Times in seconds, losses of all steps, peak memory of every rank in bytes (allocated; and reserved, where that
+        of recorded graphs counts), and with `profile` what `kernels_of` returns.
     """
     kind = load(name)
     device = torch.device("cpu")
