@@ -1,8 +1,8 @@
 """Which training passes are recorded, and for which of them a recording stands.
 
 Not recorded are passes that look at values (a mask of padding, experts that are looped over), that draw random numbers,
-or with hooks of the user's, and passes whose microbatches differ in shape. A pass that is not like any that was
-recorded runs as ever.
+with hooks of the user's, or with arguments that are neither tensors nor plain values, and passes whose microbatches
+differ in shape. A pass that is not like any that was recorded runs as ever.
 """
 
 import functools
@@ -103,7 +103,8 @@ class StageRecorder:
     ) -> list[Slot] | None:
         """The slots of passes like this one, recorded now if it is time; None without."""
         shapes = [shape_of(microbatch) for microbatch in microbatches]
-        if any(shape != shapes[0] for shape in shapes) or any(each != traffic[0] for each in traffic):
+        are_alike = all(shape == shapes[0] for shape in shapes) and all(each == traffic[0] for each in traffic)
+        if shapes[0] is None or not are_alike:
             return None
         stage, lanes = self.runner.stage, self.runner.lanes
         in_flight = self.runner.mesh.pp.size - self.runner.mesh.pp.rank if lanes is None else 2

@@ -15,31 +15,38 @@ from torch.nn.modules import module as module_hooks
 
 __all__ = ["has_foreign_hooks", "host_generators", "shape_of", "state_of"]
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+"""Parameters, children, hooks: looked at by themselves."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OWN = ("hf_tpp.", "transformers.")
 
 
 def state_of(model: nn.Module, device: torch.device) -> Hashable:
-    """Weights by their place in memory, the plain attributes of all modules and configurations, torch's own modes."""
+    """Weights by their place in memory, the attributes of all modules and configurations, torch's own modes."""
     tensors = [
         (tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in (*model.parameters(), *model.buffers())
     ]
     kind = device.type
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     modes = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    modules = [(id(vars(module).get("forward")), _plain_attributes(module)) for module in model.modules()]
+    modules = [(id(vars(module).get("forward")), _attributes(module)) for module in model.modules()]
     config: Any = model.config
-    configs = [_plain_attributes(config), _plain_attributes(config.get_text_config())]
+    configs = [_attributes(config), _attributes(config.get_text_config())]
     return tuple(tensors), tuple(modules), tuple(configs), autocast, modes
 
 
-def shape_of(arguments: Mapping[Any, Any]) -> Hashable:
-    """All of `arguments` but the values of tensors."""
-    return tuple(
-        (name, (value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else repr(value))
-        for name, value in arguments.items()
-    )
+def shape_of(arguments: Mapping[Any, Any]) -> Hashable | None:
+    """All of `arguments` but the values of tensors; None if something in them cannot be told apart."""
+    found: list[Hashable] = []
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            found.append((name, value.shape, value.stride(), value.dtype))
+        elif isinstance(value, _PLAIN):
+            found.append((name, value, type(value)))
+        else:
+            return None
+    return tuple(found)
 
 
 def has_foreign_hooks(model: nn.Module) -> bool:
@@ -52,8 +59,21 @@ def host_generators() -> Sequence[Any]:
     return random.getstate(), torch.default_generator.get_state().numpy().tobytes()
 
 
-def _plain_attributes(owner: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, value) for name, value in vars(owner).items() if isinstance(value, _PLAIN))
+def _attributes(owner: Any) -> Hashable:
+    return tuple((name, _told(value)) for name, value in vars(owner).items() if name not in _OF_MODULES)
+
+
+def _told(value: Any) -> Hashable:
+    """Numbers, names and tensors' places, also inside containers; other objects by what they are."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(map(_told, value))
+    if isinstance(value, dict):
+        return tuple((repr(name), _told(each)) for name, each in value.items())
+    return id(value)
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_tpp import parallelize
 from hf_tpp.calls.training import training_call
 from hf_tpp.cuda_graphs import check_recordable
+from hf_tpp.cuda_graphs.state import shape_of
 from hf_tpp.errors import ConfigurationError
 from hf_tpp.parallel_model import parallel_state
+from hf_tpp.pipeline_parallel.stage import Traffic
 from tests.parity.recorded import Repeater
 
 VOCABULARY = 64
@@ -48,6 +50,7 @@ class Passes:
     def __init__(self) -> None:
         config = AutoConfig.for_model("llama", num_hidden_layers=1, **SIZES)
         self.plain = AutoModelForCausalLM.from_config(config).train()
+        self.plain.given = {"default": [1.0, 2.0]}
         self.model = parallelize(copy.deepcopy(self.plain), num_microbatches=2, verbose=False, device="cpu")
         self.calls = parallel_state(self.model).calls
         self.recorder = self.calls.recorder = Recorder(self.model)
@@ -90,6 +93,12 @@ class Passes:
                 norm.forward = lambda x: x * 2.0
             elif name == "module":
                 model.model.norm = nn.Identity()
+            elif name == "container":
+                norm.scales = {"default": [1.0, 3.0]}
+            elif name == "inside a container":
+                model.given = {"default": [1.0, 3.0]}
+            elif name == "tensor":
+                norm.shift = torch.zeros(1)
             elif name == "buffer":
                 model.register_buffer("shift", torch.zeros(1))
 
@@ -139,6 +148,16 @@ def test_microbatches_of_different_shapes_run_as_ever(passes):
     assert not any(passes.run(rows=5) for _ in range(4))
 
 
+def test_arguments_that_cannot_be_told_apart_run_as_ever(passes):
+    """Two large tensors in a tuple print alike."""
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    plain, hidden = {"input_ids": ids}, {"input_ids": ids, "further": (torch.zeros(2000),)}
+    assert shape_of(plain) == shape_of({"input_ids": ids + 1})
+    assert shape_of(hidden) is None
+    for _ in range(4):
+        assert passes.recorder._slots_for([hidden, hidden], [Traffic(), Traffic()], (None,), lambda *_: ()) is None
+
+
 def test_only_so_many_are_recorded(passes):
     for length in range(5, 8):
         assert [passes.run(length=length) for _ in range(3)] == [False, False, True]
@@ -150,7 +169,11 @@ def test_only_so_many_are_recorded(passes):
 
 
 @pytest.mark.parametrize(
-    "name", ["weight", "requires_grad", "attribute", "training", "config", "forward", "module", "buffer"]
+    "name",
+    [
+        *("weight", "requires_grad", "attribute", "training", "config", "forward", "module", "buffer"),
+        *("container", "inside a container", "tensor"),
+    ],
 )
 def test_what_a_pass_depends_on_is_not_replayed_once_it_changes(passes, name):
     passes.change(name)
