@@ -49,6 +49,8 @@ def measure(
         of recorded graphs counts), and with `profile` what `kernels_of` returns.
     """
     kind = load(name)
+    if alone and not kind.can_be_alone:
+        raise NotImplementedError("a stage cannot run alone: it waits for what the others tell it")
     device = torch.device("cpu")
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -150,7 +150,6 @@ def parallelize(
     weights: WeightSource = source or _weights_of(model, assembly, seed)
     calls, specs = _build(assembly, mesh, weights, data_parallel)
     calls.num_microbatches, calls.eval_logits, calls.train_logits = num_microbatches, eval_logits, train_logits
-    calls.compiled_blocks.compile(options["compile"])
     if overlap_microbatches:
         calls.runner.lanes = Lanes(mesh)
     if cuda_graphs:
@@ -162,6 +161,7 @@ def parallelize(
     if verification is not None:
         with calls.replicas.gathered():
             verification.run(calls, specs)
+    calls.compiled_blocks.compile(options["compile"])  # the verified blocks are plain: generated code rounds otherwise
     activate(model, patch)
     if verbose and mesh.global_rank == 0:
         print(report, file=sys.stderr)

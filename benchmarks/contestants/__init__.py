@@ -23,6 +23,7 @@ CONTESTANTS: dict[str, tuple[str, str]] = {
     "tensor + sequence parallel 2, compiled": ("ours", "SequenceParallelCompiled"),
     "pipeline parallel 2": ("ours", "PipelineParallel"),
     "pipeline parallel 2, compiled": ("ours", "PipelineParallelCompiled"),
+    "pipeline parallel 2, recorded, compiled": ("ours", "PipelineParallelRecorded"),
     "torch DTensor 2": ("torch_dtensor", "DTensor"),
     "torch DTensor 2, compiled": ("torch_dtensor", "DTensorCompiled"),
     "torch 1F1B 2": ("torch_pipeline", "TorchPipeline"),

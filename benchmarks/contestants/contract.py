@@ -43,10 +43,12 @@ class Contestant(ABC):
     Attributes:
         world_size: Processes it takes.
         starts_distributed: It starts torch.distributed itself.
+        can_be_alone: Its first rank can run without the others; a stage waits for what those tell it.
     """
 
     world_size: ClassVar[int] = 2
     starts_distributed: ClassVar[bool] = False
+    can_be_alone: ClassVar[bool] = True
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

@@ -87,6 +87,7 @@ class MegatronPipeline(_Megatron):
     """Two stages, balanced as ours are."""
 
     pp: ClassVar[int] = 2
+    can_be_alone: ClassVar[bool] = False
 
 
 class _TorchAttention(nn.Module):

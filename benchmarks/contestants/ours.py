@@ -11,6 +11,7 @@ from benchmarks.contestants.contract import Contestant, Setting
 __all__ = [
     "PipelineParallel",
     "PipelineParallelCompiled",
+    "PipelineParallelRecorded",
     "SequenceParallel",
     "SequenceParallelCompiled",
     "TensorParallel",
@@ -69,7 +70,7 @@ class TensorParallelOverlapped(TensorParallelCompiled):
 
 
 class TensorParallelRecorded(TensorParallelCompiled):
-    """And whole passes recorded as CUDA graphs."""
+    """And microbatches recorded as CUDA graphs."""
 
     records: ClassVar[bool] = True
 
@@ -95,6 +96,7 @@ class SequenceParallelCompiled(SequenceParallel):
 class PipelineParallel(_Parallel):
     """Two stages, balanced by cost."""
 
+    can_be_alone: ClassVar[bool] = False
     options: ClassVar[dict[str, Any]] = {"pp": 2}
 
 
@@ -102,3 +104,9 @@ class PipelineParallelCompiled(PipelineParallel):
     """And blocks compiled."""
 
     compiles: ClassVar[bool] = True
+
+
+class PipelineParallelRecorded(PipelineParallelCompiled):
+    """And microbatches recorded as CUDA graphs."""
+
+    records: ClassVar[bool] = True

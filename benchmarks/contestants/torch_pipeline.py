@@ -1,6 +1,6 @@
 """torch.distributed.pipelining: 1F1B over two stages that are balanced as ours are."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,8 @@ class _LlamaStage(nn.Module):
 
 class TorchPipeline(Contestant):
     """Llama; weights that two stages share, as GPT-2's embedding and head, cannot be expressed."""
+
+    can_be_alone: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

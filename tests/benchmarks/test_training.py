@@ -84,3 +84,17 @@ def test_results_and_reasons_are_recorded(tmp_path: Path) -> None:
     assert good["workload"]["vocab_size"] == 128
     assert bad["failed"] == "rank 0: NotImplementedError: transformers has no tensor-parallel plan for gpt2"
     assert "step_seconds" not in bad
+
+
+@pytest.mark.timeout(600)
+def test_one_rank_alone(tmp_path: Path) -> None:
+    """It does its own part of the work: half of the tensor-parallel model, of which it says what all ranks would."""
+    names = ["tensor parallel 2, overlapped, c", "pipeline parallel 2, recorded"]
+    options = ["--model", "gpt2", "--only", *names, "--alone", "--warmup", "1", "--steps", "2"]
+    good, bad = run(tmp_path, *options, "--compile-backend", "aot_eager")
+    assert good["alone"]
+    assert good["losses"] == sorted(good["losses"], reverse=True)
+    assert len(good["peak_bytes_per_rank"]) == good["world_size"] == 2
+    assert (
+        bad["failed"] == "rank 0: NotImplementedError: a stage cannot run alone: it waits for what the others tell it"
+    )
