@@ -4,14 +4,16 @@ import gc
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.alone import start_alone
-from benchmarks.contestants import Setting, load
+from benchmarks.alone import one_rank_alone
+from benchmarks.contestants import Contestant, Setting, load
 from benchmarks.kernels import kernels_of
 from benchmarks.workload import Workload, optimizer_of
 
@@ -51,24 +53,40 @@ def measure(
     kind = load(name)
     if alone and not kind.can_be_alone:
         raise NotImplementedError("a stage cannot run alone: it waits for what the others tell it")
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
     if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, dtype = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.bfloat16
         torch.cuda.set_device(device)
-    if kind.world_size > 1 and alone:
-        start_alone(kind.world_size)
-    elif kind.world_size > 1 and not kind.starts_distributed:
-        backend = "nccl" if device_type == "cuda" else "gloo"
+    setting = Setting(workload, device, dtype, int(os.environ["RANK"]), on_meta, compile_backend)
+    with one_rank_alone(kind.world_size) if alone and kind.world_size > 1 else _started(kind, device):
+        result = _run(kind, setting, warmup, steps, profile, alone)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return {"contestant": name, "warmup": warmup, **({"alone": True} if alone else {}), **result}
+
+
+@contextmanager
+def _started(kind: type[Contestant], device: torch.device) -> Iterator[None]:
+    """With torch.distributed, unless the contestant starts it."""
+    if kind.world_size > 1 and not kind.starts_distributed:
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if backend == "nccl" else None, timeout=timedelta(minutes=5))
-    dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
-    contestant = kind(Setting(workload, device, dtype, int(os.environ["RANK"]), on_meta, compile_backend))
+    yield
+
+
+def _run(
+    kind: type[Contestant], setting: Setting, warmup: int, steps: int, profile: bool, alone: bool
+) -> dict[str, Any]:
+    """Build the contestant, and time its steps."""
+    contestant, device = kind(setting), setting.device
     optimizer = optimizer_of(contestant.parameters(), device)
-    tokens = workload.tokens(device)
+    tokens = setting.workload.tokens(device)
     if alone:
         # Tokens of other ranks would be embedded as zeros, whose norms make gradients overflow.
-        tokens %= workload.vocabulary // kind.world_size
+        tokens %= setting.workload.vocabulary // kind.world_size
     gc.collect()
-    if device_type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     losses, times = [], []
@@ -80,27 +98,20 @@ def measure(
         return loss
 
     for _ in range(warmup + steps):
-        _synchronize(device_type)
+        _synchronize(device.type)
         start = time.perf_counter()
         loss = step()
-        _synchronize(device_type)
+        _synchronize(device.type)
         times.append(time.perf_counter() - start)
         losses.append(float(loss))
-    result = {
-        "contestant": name,
+    return {
         "step_seconds": statistics.median(times[warmup:]),
         "all_step_seconds": times,
-        "warmup": warmup,
-        "peak_bytes_per_rank": _of_all_ranks(torch.cuda.max_memory_allocated() if device_type == "cuda" else 0),
-        "peak_reserved_bytes_per_rank": _of_all_ranks(torch.cuda.max_memory_reserved() if device_type == "cuda" else 0),
+        "peak_bytes_per_rank": _of_all_ranks(torch.cuda.max_memory_allocated() if is_cuda else 0),
+        "peak_reserved_bytes_per_rank": _of_all_ranks(torch.cuda.max_memory_reserved() if is_cuda else 0),
         "losses": losses,
-        **({"alone": True} if alone else {}),
+        **({"kernels": kernels_of(step)} if profile and is_cuda else {}),
     }
-    if profile and device_type == "cuda":
-        result["kernels"] = kernels_of(step)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return result
 
 
 def _synchronize(device_type: str) -> None:

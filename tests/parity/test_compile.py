@@ -96,8 +96,12 @@ def test_each_length_has_a_graph_up_to_the_limit():
 
 @pytest.mark.parametrize(
     "way",
-    [Way("gpt2", pp=2, checkpointing=True), Way("llama_gqa", tp=2, sequence_parallel=True), Way("gpt2", tp=2)],
-    ids=["pp2", "tp2-sp", "tp2"],
+    [
+        Way("llama_gqa", tp=2, sequence_parallel=True),
+        pytest.param(Way("gpt2", pp=2, checkpointing=True), marks=pytest.mark.slow),
+        pytest.param(Way("gpt2", tp=2), marks=pytest.mark.slow),
+    ],
+    ids=["tp2-sp", "pp2", "tp2"],
 )
 def test_where_nobody_asked_a_few_graphs_serve_all_lengths(way):
     way = dataclasses.replace(way, lengths=(8, 12, 16, 20, 24, 28, 8))
