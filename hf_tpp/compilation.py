@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from hf_tpp.errors import ConfigurationError, first_line
 from hf_tpp.pipeline_parallel.cache import find_cache
@@ -31,9 +31,10 @@ __all__ = ["AUTOMATIC", "CompileOptions", "CompiledBlocks", "compile_options"]
 CompileOptions = Mapping[str, Any]
 """Keyword arguments of `torch.compile`."""
 
-AUTOMATIC: CompileOptions = {"dynamic": None}
+AUTOMATIC: CompileOptions = {"dynamic": None, "fullgraph": True}
 """Where nobody asked for it: the first shape is compiled as it is, and a few graphs serve all others; what cannot be
-compiled runs plain, without a word where that is known beforehand."""
+compiled runs plain, without a word where that is known beforehand. A whole block or nothing: had a first part of it run
+when a second fails, running it plain would repeat the collectives of the first, on this rank alone perhaps."""
 
 _OPTIONS = ("backend", "mode", "options", "dynamic", "fullgraph")
 
@@ -135,11 +136,12 @@ class CompiledBlocks:
                 return plain(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)
-            except TorchDynamoException as error:
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 if not self._is_automatic:
                     raise
-                has_failed = True
-                if self._loss is not None:
+                # A further shape runs plain; those that have a graph keep it, as what is computed again must.
+                has_failed = not isinstance(error, FailOnRecompileLimitHit)
+                if self._loss is not None and has_failed:
                     self._loss.arithmetic = PLAIN
                 self._warn(f"torch.compile failed: {first_line(error)} (compile=False does not try, True raises this)")
                 return plain(*args, **kwargs)

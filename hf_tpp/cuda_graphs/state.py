@@ -24,9 +24,7 @@ _OWN = ("hf_tpp.", "transformers.")
 
 def state_of(model: nn.Module, device: torch.device) -> Hashable:
     """Weights by their place in memory, the attributes of all modules and configurations, torch's own modes."""
-    tensors = [
-        (tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in (*model.parameters(), *model.buffers())
-    ]
+    tensors = [_place_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
     kind = device.type
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     modes = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
@@ -68,12 +66,16 @@ def _told(value: Any) -> Hashable:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, torch.Tensor):
-        return value.data_ptr()
+        return _place_of(value)
     if isinstance(value, list | tuple | set | frozenset):
         return tuple(map(_told, value))
     if isinstance(value, dict):
         return tuple((repr(name), _told(each)) for name, each in value.items())
     return id(value)
+
+
+def _place_of(tensor: torch.Tensor) -> Hashable:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -81,6 +81,10 @@ class Passes:
             norm = model.model.norm
             if name == "weight":
                 norm.weight.data = torch.full((8,), 5.0)
+            elif name == "stride":
+                model.lm_head.weight.data = model.lm_head.weight.data.set_(
+                    model.lm_head.weight.untyped_storage(), 0, (VOCABULARY, 8), (1, VOCABULARY)
+                )
             elif name == "requires_grad":
                 norm.weight.requires_grad_(False)
             elif name == "attribute":
@@ -96,7 +100,7 @@ class Passes:
             elif name == "container":
                 norm.scales = {"default": [1.0, 3.0]}
             elif name == "inside a container":
-                model.given = {"default": [1.0, 3.0]}
+                model.given["default"][1] = 3.0
             elif name == "tensor":
                 norm.shift = torch.zeros(1)
             elif name == "buffer":
@@ -172,7 +176,7 @@ def test_only_so_many_are_recorded(passes):
     "name",
     [
         *("weight", "requires_grad", "attribute", "training", "config", "forward", "module", "buffer"),
-        *("container", "inside a container", "tensor"),
+        *("container", "inside a container", "tensor", "stride"),
     ],
 )
 def test_what_a_pass_depends_on_is_not_replayed_once_it_changes(passes, name):

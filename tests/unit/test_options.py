@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from hf_tpp.compilation import AUTOMATIC, CompiledBlocks
 from hf_tpp.options import World, with_defaults
@@ -42,13 +42,13 @@ def test_what_the_user_says_stands(value, triton):
 class Failing:
     """A torch.compile that cannot generate code."""
 
-    def __init__(self, monkeypatch: Any) -> None:
+    def __init__(self, monkeypatch: Any, error: type[Exception] = TorchDynamoException) -> None:
         monkeypatch.setattr(torch, "compile", lambda function, **_: self.fail)
-        self.count = 0
+        self.error, self.count = error, 0
 
     def fail(self, *_: Any) -> Any:
         self.count += 1
-        raise TorchDynamoException("no compiler\nat all")
+        raise self.error("no compiler\nat all")
 
 
 def blocks_of(wanted: Any, draws: bool = False) -> nn.Module:
@@ -58,15 +58,36 @@ def blocks_of(wanted: Any, draws: bool = False) -> nn.Module:
     return block
 
 
-def test_what_cannot_be_compiled_runs_plain_unless_it_was_asked_for(monkeypatch):
-    failing = Failing(monkeypatch)
-    with pytest.raises(TorchDynamoException):
+@pytest.mark.parametrize(("error", "count"), [(TorchDynamoException, 2), (FailOnRecompileLimitHit, 4)])
+def test_what_cannot_be_compiled_runs_plain_unless_it_was_asked_for(error, count, monkeypatch):
+    """A further shape is one of many: those that have a graph are still compiled."""
+    failing = Failing(monkeypatch, error)
+    with pytest.raises(error):
         blocks_of(True)(torch.ones(2))
     block = blocks_of(AUTOMATIC)
     with pytest.warns(UserWarning, match="blocks run uncompiled, since torch.compile failed: no compiler "):
         results = [block(torch.ones(2)) for _ in range(3)]
-    assert failing.count == 2
+    assert failing.count == count
     assert torch.equal(results[0], nn.functional.linear(torch.ones(2), block.weight, block.bias))
+
+
+class TwoParts(nn.Linear):
+    """A block that torch.compile would cut in two."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = super().forward(input)
+        torch._dynamo.graph_break()
+        return output.relu()
+
+
+def test_a_block_is_compiled_as_a_whole_or_not_at_all():
+    """The first part, with its collectives, must not have run where the second cannot."""
+    block = TwoParts(2, 2)
+    expected = block(torch.ones(2))
+    regions: Any = SimpleNamespace(streams=SimpleNamespace(active=False), group=None, sequence_parallel=False)
+    CompiledBlocks([block], regions).compile(AUTOMATIC)
+    with pytest.warns(UserWarning, match="blocks run uncompiled, since torch.compile failed"):
+        assert torch.equal(block(torch.ones(2)), expected)
 
 
 def test_what_is_known_to_run_plain_says_so_only_where_it_was_asked_for(monkeypatch):

@@ -60,6 +60,7 @@ NAMES = {
     "torch.autograd: Variable._execution_engine": "queue_callback: what follows the last gradient",
     "torch.nn.modules.dropout: _DropoutNd": "all kinds of dropout",
     "torch._dynamo.config: skip_nnmodule_hook_guards": "a compiled block is shared by blocks with and without hooks",
+    "torch._dynamo.exc: FailOnRecompileLimitHit": "the same, of a further shape",
     "torch._dynamo.exc: TorchDynamoException": "what cannot be compiled runs plain, where nobody asked for it",
     "torch.utils._pytree: tree_flatten": "arguments of blocks",
     "torch.utils._pytree: tree_map": "the same",
